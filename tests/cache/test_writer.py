@@ -1,0 +1,133 @@
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flsep.cache import Layout, ShardFile, ShardWriter, remove_leftovers
+from flsep.cache.writer import write_json
+
+
+def one_track(layout: Layout, folder: Path, action: Callable[[Any], None]) -> None:
+    with (
+        ShardWriter(folder / "a.h5", layout, config={}, packages={}) as shard,
+        shard.track("x", "train", num_samples=100, num_windows=5, with_audio=False) as track,
+    ):
+        action(track)
+
+
+def test_the_same_content_gives_the_same_bytes(
+    tmp_path: Path, write_shard: Callable[..., Path], track_arrays: Callable[..., dict[str, Any]]
+) -> None:
+    first = write_shard(tmp_path / "a.h5", {"x": ("test", track_arrays(1))})
+    second = write_shard(tmp_path / "b.h5", {"x": ("test", track_arrays(1))})
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_exception_leaves_no_file(tmp_path: Path, layout: Layout) -> None:
+    writer = ShardWriter(tmp_path / "a.h5", layout, config={}, packages={})
+    with pytest.raises(RuntimeError, match="boom"), writer:
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rewrite_keeps_the_old_shard(
+    tmp_path: Path,
+    layout: Layout,
+    write_shard: Callable[..., Path],
+    track_arrays: Callable[..., dict[str, Any]],
+) -> None:
+    path = write_shard(tmp_path / "a.h5", {"x": ("train", track_arrays(1))})
+    before = path.read_bytes()
+
+    def omit_activity(track: Any) -> None:
+        for entry in range(3):
+            track.append("stft", entry, np.zeros((7, 2, 33, 2)))
+            track.append("embedding", entry, np.zeros((5, 3)))
+
+    with pytest.raises(ValueError, match=r"activity\[0\] has 0 of 5 rows"):
+        one_track(layout, tmp_path, omit_activity)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from flsep.cache import Layout, ShardWriter
+layout = Layout(sample_rate_hz=8000, num_channels=2, n_fft=64, hop_samples=16,
+    stft_dtype="float16", sources=("x",), teacher="t", teacher_digest="", embedding_size=3,
+    window_seconds=0.1, window_hop_seconds=0.1)
+with ShardWriter(Path({str(tmp_path)!r}) / "a.h5", layout, config={{}}, packages={{}}) as shard:
+    with shard.track("x", "train", num_samples=10**6, num_windows=5, with_audio=False):
+        print("writing", flush=True)
+        time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    leftovers = list(tmp_path.iterdir())
+    assert len(leftovers) == 1
+    assert leftovers[0].name.startswith(".a.h5.")
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda t: t.append("stft", 0, np.zeros((8, 2, 33, 2))), "does not fit"),
+        (lambda t: t.append("stft", 0, np.zeros((7, 1, 33, 2))), "does not fit"),
+        (lambda t: t.append("stft", 0, np.full((7, 2, 33, 2), np.nan)), "NaN or infinity"),
+        (lambda t: t.append("embedding", 2, np.full((5, 3), np.inf)), "NaN or infinity"),
+        (lambda t: None, "has 0 of"),
+    ],
+)
+def test_wrong_content_is_refused(
+    layout: Layout, tmp_path: Path, action: Callable[[Any], None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        one_track(layout, tmp_path, action)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kwargs", [{"num_samples": 0}, {"num_windows": 0}])
+def test_empty_tracks_are_refused(layout: Layout, tmp_path: Path, kwargs: dict[str, int]) -> None:
+    sizes = {"num_samples": 100, "num_windows": 5, **kwargs}
+    with (
+        pytest.raises(ValueError, match="samples"),
+        ShardWriter(tmp_path / "a.h5", layout, config={}, packages={}) as shard,
+        shard.track("x", "train", with_audio=False, **sizes),
+    ):
+        pass
+
+
+def test_audio_beyond_full_scale_is_scaled_not_clipped(
+    tmp_path: Path, write_shard: Callable[..., Path], track_arrays: Callable[..., dict[str, Any]]
+) -> None:
+    arrays = track_arrays(3)
+    arrays["audio"][0] *= 10
+    arrays["audio"][1] *= 0.1
+    shard = ShardFile(write_shard(tmp_path / "a.h5", {"x": ("test", arrays)}))
+    assert shard.tracks[0].audio_scale[1] == pytest.approx(1 / 32767)
+    loud = shard.read(0, "audio", 0, verify=True) * shard.tracks[0].audio_scale[0]
+    np.testing.assert_allclose(loud, arrays["audio"][0], atol=15 / 32767)
+    assert np.abs(loud).max() > 14
+
+
+def test_json_is_replaced_atomically(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"ü": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert path.read_text(encoding="utf-8") == '{\n "ü": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
