@@ -1,1 +1,1 @@
-"""flsep.pipeline"""
+"""The offline stage: stems to HDF5 shards of spectra and teacher embeddings."""

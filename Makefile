@@ -1,0 +1,59 @@
+# make demo   sets everything up and does the main job, end to end, on an embedded default
+# make test   sets everything up and passes the tests
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+SEED ?= 0
+BIN := $(VENV)/bin
+APPROACHES := none concat contrastive distance
+RUNS := $(APPROACHES:%=$(DEMO)/runs/%)
+
+.PHONY: help setup test lint typecheck bench demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "flsep is tested with Python 3.11 and 3.12; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[pipeline,trainer,evaluate,demo,dev]'
+	@touch $@
+
+# make lint typecheck   what a change must pass beside the tests
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow package_dir: give it the packages under their full names.
+typecheck: setup
+	@mkdir -p build/typing/flsep
+	@for name in cache pipeline trainer; do ln -sfn ../../../$$name build/typing/flsep/$$name; done
+	$(BIN)/mypy -p flsep.cache -p flsep.pipeline -p flsep.trainer
+
+test: setup
+	$(BIN)/python -m pytest
+
+# make bench   prints the speed ratios of docs/explanation.md, measured on this machine
+bench: setup
+	$(BIN)/python -m pytest -q -s tests/benchmarks
+
+demo: setup
+	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher
+	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --seed $(SEED)
+	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher
+	@set -e; for approach in $(APPROACHES); do set -x; \
+	  $(BIN)/flsep-train fit $(DEMO)/shards --run $(DEMO)/runs/$$approach --recipe demo \
+	    --approach $$approach --seed $(SEED) --resume; \
+	  $(BIN)/flsep-train evaluate $(DEMO)/runs/$$approach $(DEMO)/shards; \
+	  { set +x; } 2>/dev/null; done
+	$(BIN)/flsep-train evaluate --floor $(DEMO)/floor $(DEMO)/shards
+	$(BIN)/flsep-train compare $(RUNS) --floor $(DEMO)/floor --out $(DEMO)/comparison
+
+# make clean   removes what the demo and the tests wrote, not the environment
+clean:
+	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

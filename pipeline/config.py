@@ -1,0 +1,60 @@
+"""Settings of the precomputation; they alone decide what the shards hold."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flsep.cache import SPLITS
+from flsep.cache.format import STFT_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """How audio becomes the arrays of a shard.
+
+    Attributes
+    ----------
+    sample_rate_hz, num_channels : int
+        Every signal is brought to these.
+    n_fft, hop_samples : int
+        Of the STFT.
+    stft_dtype : {"float16", "float32"}
+        float16 keeps about 80 dB through the inverse transform, at half the size.
+    audio_splits : tuple of str
+        Splits whose audio is stored too, to be separated and scored.
+    valid_fraction : float, optional
+        Share of the training tracks held out for validation; None leaves it to the corpus.
+    test_fraction : float
+        Share held out for testing where the corpus has no test tracks.
+    seed : int
+        Draws the tracks that are held out.
+    """
+
+    sample_rate_hz: int = 44100
+    num_channels: int = 2
+    n_fft: int = 4096
+    hop_samples: int = 1024
+    stft_dtype: str = "float16"
+    audio_splits: tuple[str, ...] = ("test",)
+    valid_fraction: float | None = None
+    test_fraction: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sample_rate_hz < 8000:
+            raise ValueError(f"--sample-rate {self.sample_rate_hz}: expected at least 8000 Hz")
+        if self.num_channels < 1:
+            raise ValueError(f"--channels {self.num_channels}: expected at least 1")
+        if self.n_fft < 64 or self.n_fft % 2:
+            raise ValueError(f"--n-fft {self.n_fft}: expected an even number of at least 64")
+        if not 1 <= self.hop_samples <= self.n_fft // 2:
+            raise ValueError(
+                f"--hop {self.hop_samples}: expected 1 to {self.n_fft // 2}, half of --n-fft"
+            )
+        if self.stft_dtype not in STFT_DTYPES:
+            raise ValueError(f"--stft-dtype {self.stft_dtype}: expected one of {STFT_DTYPES}")
+        if unknown := set(self.audio_splits) - set(SPLITS):
+            raise ValueError(f"--audio-splits {sorted(unknown)}: expected some of {SPLITS}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return {**asdict(self), "audio_splits": list(self.audio_splits)}
