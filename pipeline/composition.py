@@ -238,10 +238,10 @@ class _Composer:
         return tuple(sections)
 
     def song(self) -> Song:
-        name = f"Demo {self.index + 1:02d} - {' '.join(self.choose(words) for words in _WORDS)}"
+        title = " ".join(self.turn(words[0], words) for words in _WORDS)
         voice = self.turn("voice", tuple(VOICES))
         return Song(
-            name=name,
+            name=f"Demo {self.index + 1:02d} - {title}",
             tempo_bpm=self.tempo_bpm,
             key=f"{_NOTE_NAMES[self.tonic]} {self.mode}",
             scale=tuple(sorted((self.tonic + step) % 12 for step in MODES[self.mode])),
@@ -349,13 +349,14 @@ class _Composer:
             if "vocals" in section.resting:
                 continue
             high = section.name == "chorus"
-            place = round(len(degrees) * (0.65 if high else 0.4))
+            place = middle = round(len(degrees) * (0.6 if high else 0.4))
             for phrase, first_bar in enumerate(range(0, section.num_bars, 2)):
                 rhythm = rhythms["chorus" if high else "verse"][phrase % 2]
                 num_eighths = min(16, 8 * (section.num_bars - first_bar))
                 for start, length in _syllables(rhythm[:num_eighths]):
                     bar = section.first_bar + first_bar + start // 8
-                    place += int(self.rng.choice((-2, -1, -1, 0, 1, 1, 2, 3)))
+                    leap = self.choose((0, 1, 1, 1, 2, 2, 3))
+                    place += leap if place < self.rng.uniform(0.5, 1.5) * middle else -leap
                     place = int(np.clip(place, 0, len(degrees) - 1))
                     if start % 4 == 0 or length > 2:
                         place = _nearest_tone(degrees, place, self.chord(section, bar))

@@ -21,14 +21,14 @@ _LEAD_SECONDS, _TAIL_SECONDS = 0.4, 0.25  # room before a phrase (breath, conson
 
 # Formants F1..F5 in Hz of an adult male singer; other voices scale them.
 _VOWELS = {
-    "a": (700.0, 1150.0, 2600.0, 3100.0, 3700.0),
-    "e": (450.0, 1750.0, 2600.0, 3200.0, 3700.0),
-    "i": (290.0, 2050.0, 2850.0, 3300.0, 3700.0),
-    "o": (460.0, 850.0, 2550.0, 2950.0, 3500.0),
-    "u": (330.0, 700.0, 2450.0, 2900.0, 3400.0),
+    "a": (700.0, 1150.0, 2600.0, 3300.0, 4000.0),
+    "e": (450.0, 1750.0, 2500.0, 3350.0, 4100.0),
+    "i": (290.0, 2000.0, 2700.0, 3500.0, 4200.0),
+    "o": (460.0, 850.0, 2550.0, 3100.0, 3900.0),
+    "u": (330.0, 700.0, 2450.0, 3050.0, 3800.0),
 }
-_NASAL = (260.0, 1050.0, 2200.0, 2900.0, 3500.0)
-_BANDWIDTHS_HZ = (70.0, 90.0, 130.0, 160.0, 220.0)
+_NASAL = (260.0, 1050.0, 2200.0, 3100.0, 3900.0)
+_BANDWIDTHS_HZ = (80.0, 110.0, 190.0, 260.0, 340.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +203,7 @@ def _sing_phrase(
     noise_gain = consonant_now * np.array([c.noise for c in consonants])[which] * velocity
     noise_gain = _smooth(noise_gain, 0.012 * control_hz)
     inhaling = (t > onsets[0] - 0.3) & (t < onsets[0] - 0.08)
-    inhale = 0.006 * _smooth(inhaling.astype(np.float64), 0.12 * control_hz)
+    inhale = 0.004 * _smooth(inhaling.astype(np.float64), 0.12 * control_hz)
 
     # Formants; a nasal's own while it sounds, and F1 never below the pitch, as singers do.
     targets = np.array([_VOWELS[syllable.vowel] for syllable in phrase])[which]
@@ -244,12 +244,11 @@ def _glottal_flow(cycle: NDArray[np.float64], open_quotient: float) -> NDArray[n
     peak = 0.67 * open_quotient
     rising = 0.5 * (1 - np.cos(np.pi * cycle / peak))
     falling = np.cos(0.5 * np.pi * (cycle - peak) / (open_quotient - peak))
-    flow = np.where(cycle < peak, rising, np.where(cycle < open_quotient, falling, 0.0))
-    return flow.astype(np.float64, copy=False)
+    return np.where(cycle < peak, rising, np.where(cycle < open_quotient, falling, 0.0))
 
 
 def _bins_hz(rate_hz: int) -> NDArray[np.float64]:
-    return np.arange(_WINDOW_SAMPLES // 2 + 1) * (rate_hz / _WINDOW_SAMPLES)
+    return np.arange(_WINDOW_SAMPLES // 2 + 1, dtype=np.float64) * (rate_hz / _WINDOW_SAMPLES)
 
 
 def _formant_response(
@@ -257,17 +256,18 @@ def _formant_response(
 ) -> NDArray[np.float64]:
     """Return vocal tract times lip radiation, float64 [frame, bin], from float64 [frame, 5].
 
-    The cascade continues with fixed resonances every 1.1 kHz above F5. Each frame is scaled so that
-    vowels come out nearly equally loud whatever their pitch.
+    The cascade continues with fixed resonances every 1.1 kHz from 5.2 kHz. Each frame is scaled
+    so that vowels come out nearly equally loud whatever their pitch.
     """
     f = _bins_hz(rate_hz)
-    response = np.ones((len(formants_hz), len(f)))
+    fixed = f / (1 + f / 2500.0)  # radiation, and the tilt of a voice that is not pressed
+    for centre_hz in np.arange(5200.0, rate_hz / 2, 1100.0):
+        fixed *= centre_hz**2 / np.hypot(centre_hz**2 - f**2, 0.12 * centre_hz * f)
+    damping = np.ones((len(formants_hz), len(f)))
     for formant_hz, bandwidth_hz in zip(formants_hz.T, _BANDWIDTHS_HZ, strict=True):
-        centre = formant_hz[:, None]
-        response *= centre**2 / np.hypot(centre**2 - f**2, bandwidth_hz * f)
-    for centre_hz in np.arange(4800.0, rate_hz / 2, 1100.0):
-        response *= centre_hz**2 / np.hypot(centre_hz**2 - f**2, 0.12 * centre_hz * f)
-    response *= f / 500.0
+        ratio = (f / formant_hz[:, None]) ** 2
+        damping *= (1 - ratio) ** 2 + ratio * (bandwidth_hz / formant_hz[:, None]) ** 2
+    response = fixed / np.sqrt(damping)
     slope = 1 / (1 + (f / f0_hz[:, None]) ** 2)  # of the flow's spectrum: -12 dB an octave
     loudness = np.sqrt(np.mean((response * slope * (f >= 0.8 * f0_hz[:, None])) ** 2, axis=1))
     scaled: NDArray[np.float64] = response / loudness[:, None] * 0.045

@@ -60,6 +60,17 @@ def corpus(tmp_path_factory, told) -> Path:
 
 
 @pytest.fixture(scope="module")
+def second_corpus(tmp_path_factory) -> Path:
+    """Another seed, without the example, into an empty folder named relative to the current one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("second"))
+        out = Path("empty")
+        out.mkdir()
+        render_corpus(out, num_tracks=3, seconds=SECONDS, seed=1, example=False)
+        return out.absolute()
+
+
+@pytest.fixture(scope="module")
 def tracks(corpus) -> dict[str, dict[str, np.ndarray]]:
     return {folder.name: read(folder) for folder in sorted(corpus.glob("*/*/"))}
 
@@ -107,9 +118,8 @@ def test_a_track_is_the_same_in_a_larger_corpus(corpus, tmp_path):
     assert small.items() <= by_track(tmp_path / "four").items()
 
 
-def test_another_seed_gives_other_songs(corpus, tmp_path):
-    render_corpus(tmp_path / "other", num_tracks=3, seconds=SECONDS, seed=1, example=False)
-    wavs = {d for path, d in digests(tmp_path / "other").items() if path.endswith(".wav")}
+def test_another_seed_gives_other_songs(corpus, second_corpus):
+    wavs = {d for path, d in digests(second_corpus).items() if path.endswith(".wav")}
     assert len(wavs) == 15
     assert not wavs & set(digests(corpus).values())
 
@@ -167,15 +177,14 @@ def test_splits(num_tracks, train, valid, test):
     assert [names.count(split) for split in ("train", "valid", "test")] == [train, valid, test]
 
 
-def test_the_real_track_is_copied_on_request(corpus, tmp_path, told):
+def test_the_real_track_is_copied_on_request(corpus, second_corpus, told):
     (source,) = (Path(importlib.util.find_spec("stempeg").origin).parent / "data").glob("*.mp4")
     (copied,) = corpus.rglob("*.stem.mp4")
     assert copied == corpus / "test" / source.name
     assert copied.read_bytes() == source.read_bytes()
     assert told[-1].startswith(f"test/{source.name}")
     assert [line.split()[0] for line in told[:3]] == ["1/3", "2/3", "3/3"]
-    render_corpus(tmp_path / "without", num_tracks=3, seconds=SECONDS, example=False)
-    assert not list(tmp_path.rglob("*.stem.mp4"))
+    assert not list(second_corpus.rglob("*.stem.mp4"))
 
 
 def test_the_same_corpus_is_kept(corpus):
@@ -209,14 +218,11 @@ def test_a_damaged_manifest_is_refused(tmp_path, text):
         render_corpus(tmp_path, num_tracks=3, seconds=SECONDS)
 
 
-def test_an_empty_folder_is_used(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    render_corpus(Path("empty"), num_tracks=3, seconds=SECONDS, example=False)
-    assert len(list(Path("empty").rglob("mixture.wav"))) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    readable = (tmp_path / "empty").stat().st_mode & 0o777
-    assert readable == (tmp_path / "empty" / "train").stat().st_mode & 0o777, "as mkdir makes it"
+def test_an_empty_folder_is_used(second_corpus):
+    assert len(list(second_corpus.rglob("mixture.wav"))) == 3
+    assert list(second_corpus.parent.iterdir()) == [second_corpus], "nothing temporary is left"
+    mode = second_corpus.stat().st_mode & 0o777
+    assert mode == (second_corpus / "train").stat().st_mode & 0o777, "as mkdir makes it"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
