@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -57,31 +58,6 @@ class Track:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """A folder of tracks.
-
-    Attributes
-    ----------
-    root
-        The folder.
-    kind
-        'musdb18', 'musdb18-hq', or 'folder' for any other, mixed ones too.
-    sources
-        Names of the sources.
-    tracks
-        Sorted by split (train, valid, test), then by name.
-    rejected
-        Name and reason of each track that cannot be used, sorted.
-    """
-
-    root: Path
-    kind: str
-    sources: tuple[str, ...]
-    tracks: tuple[Track, ...]
-    rejected: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class TrackInfo:
     """What the headers say about a track.
 
@@ -102,6 +78,34 @@ class TrackInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Corpus:
+    """A folder of tracks.
+
+    Attributes
+    ----------
+    root
+        The folder.
+    kind
+        'musdb18', 'musdb18-hq', or 'folder' for any other, mixed ones too.
+    sources
+        Names of the sources.
+    tracks
+        Sorted by split (train, valid, test), then by name.
+    rejected
+        Name and reason of each track that cannot be used, sorted.
+    infos
+        What the headers say about each track in `tracks`, by its name.
+    """
+
+    root: Path
+    kind: str
+    sources: tuple[str, ...]
+    tracks: tuple[Track, ...]
+    rejected: tuple[tuple[str, str], ...]
+    infos: Mapping[str, TrackInfo]
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     """A stem file (without `files`) or a folder of sound files by their stem's name."""
 
@@ -118,6 +122,7 @@ def find_corpus(
     valid_fraction: float | None = None,
     test_fraction: float = 0.0,
     seed: int = 0,
+    num_channels: int = 2,
 ) -> Corpus:
     """Recognise a corpus and list its tracks, after a look at each file's header.
 
@@ -142,6 +147,8 @@ def find_corpus(
         The same for testing, for a corpus without `test/`.
     seed
         Draws other tracks.
+    num_channels
+        Channels that each file has, unless it has one.
 
     Raises
     ------
@@ -158,19 +165,24 @@ def find_corpus(
         )
     entries, rejected = _list_entries(root)
     names = _choose_sources(root, entries, sources)
-    tracks = []
-    for entry in entries:
+
+    def make(entry: _Entry) -> tuple[Track, TrackInfo] | MediaError:
         try:
             track = _make_track(entry, names)
-            check_track(track)
+            return track, check_track(track, num_channels=num_channels)
         except MediaError as error:
-            rejected.append((entry.name, str(error)))
-        else:
-            tracks.append(track)
+            return error
+
+    with ThreadPoolExecutor() as pool:  # they wait for files, mostly
+        made = list(zip(entries, pool.map(make, entries), strict=True))
+    rejected += [(entry.name, str(bad)) for entry, bad in made if isinstance(bad, MediaError)]
+    checked = [good for _, good in made if not isinstance(good, MediaError)]
+    infos = {track.name: info for track, info in checked}
+    tracks = [track for track, _ in checked]
     held_out = _hold_out(root, tracks, valid_fraction, test_fraction, seed)
     tracks = [replace(track, split=held_out.get(track.name, track.split)) for track in tracks]
     tracks.sort(key=lambda track: (SPLITS.index(track.split), track.name))
-    return Corpus(root, _kind(entries), names, tuple(tracks), tuple(sorted(rejected)))
+    return Corpus(root, _kind(entries), names, tuple(tracks), tuple(sorted(rejected)), infos)
 
 
 def check_track(track: Track, *, num_channels: int = 2) -> TrackInfo:

@@ -75,6 +75,8 @@ def test_recognises_musdb18(tmp_path, example_track):
         "A - a", "train", AudioStream(path, 0), tuple(AudioStream(path, k) for k in (1, 2, 3, 4))
     )
     assert check_track(corpus.tracks[0]) == TrackInfo(268288, 44100, 268288 / 44100)
+    assert list(corpus.infos.values()) == 4 * [TrackInfo(268288, 44100, 268288 / 44100)]
+    assert set(corpus.infos) == {track.name for track in corpus.tracks}
 
 
 def test_recognises_musdb18_hq(tmp_path):
@@ -393,7 +395,10 @@ def test_all_tracks_rejected_is_a_corpus_of_none(tmp_path):
         assert [name for name, _ in corpus.rejected] == ["A"]
 
 
-def test_check_track_follows_the_channels_asked_for(tmp_path):
+def test_follows_the_channels_asked_for(tmp_path):
     write_track(tmp_path / "A", num_channels=1)
-    (track,) = find_corpus(tmp_path).tracks
-    assert check_track(track, num_channels=6).num_samples == 1000
+    write_track(tmp_path / "B", num_channels=6)
+    assert find_corpus(tmp_path, num_channels=6).rejected == ()
+    corpus = find_corpus(tmp_path)
+    assert set(corpus.infos) == {"A"}
+    assert [name for name, _ in corpus.rejected] == ["B"]
