@@ -46,13 +46,14 @@ demo: setup
 	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher
 	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --seed $(SEED)
 	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher
-	@set -e; for approach in $(APPROACHES); do set -x; \
+	@set -ex; for approach in $(APPROACHES); do \
 	  $(BIN)/flsep-train fit $(DEMO)/shards --run $(DEMO)/runs/$$approach --recipe demo \
 	    --approach $$approach --seed $(SEED) --resume; \
-	  $(BIN)/flsep-train evaluate $(DEMO)/runs/$$approach $(DEMO)/shards; \
-	  { set +x; } 2>/dev/null; done
-	$(BIN)/flsep-train evaluate --floor $(DEMO)/floor $(DEMO)/shards
-	$(BIN)/flsep-train compare $(RUNS) --floor $(DEMO)/floor --out $(DEMO)/comparison
+	done
+	$(BIN)/flsep-train evaluate $(RUNS) $(DEMO)/shards \
+	  --floor $(DEMO)/floor --oracle $(DEMO)/oracle
+	$(BIN)/flsep-train compare $(RUNS) --floor $(DEMO)/floor --oracle $(DEMO)/oracle \
+	  --out $(DEMO)/comparison
 
 # make clean   removes what the demo and the tests wrote, not the environment
 clean:

@@ -1,11 +1,14 @@
 """The command ``flsep-precompute``."""
 
+import contextlib
 import errno
 import importlib.metadata
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +18,6 @@ from flsep.cache import CacheError, ShardFile, read_index, verify_shards
 from flsep.pipeline.config import FeatureConfig
 
 if TYPE_CHECKING:
-    from flsep.pipeline.execute import Outcome
     from flsep.pipeline.plan import Plan, ShardTask
     from flsep.pipeline.run import RunSummary
     from flsep.pipeline.tracks import Corpus
@@ -251,7 +253,7 @@ def run_command(
       flsep-precompute run songs/ shards/ --sources bass,drums,piano --teacher teachers/musicnn
     """
     from flsep.pipeline.build import ShardSettings
-    from flsep.pipeline.execute import local_client, remote_client, run_on
+    from flsep.pipeline.execute import local_client, remote_client, run_inline, run_on
     from flsep.pipeline.run import find_strangers, run_plan
     from flsep.pipeline.teacher import Teacher, resolve
 
@@ -269,17 +271,15 @@ def run_command(
         teacher_folder=folder.absolute(),
         num_threads=max(1, cores // max(workers, 1)),
     )
-    with _progress(plan, config) as report:
-        if workers == 0 and not scheduler:
-            summary = run_plan(plan, settings, report=report)
-        else:
-            with remote_client(scheduler) if scheduler else local_client(workers) as client:
-                click.echo(f"workers  {_describe_client(client)}", err=True)
-
-                def run(function: Any, tasks: Any) -> "Iterator[Outcome]":
-                    return run_on(client, function, tasks)
-
-                summary = run_plan(plan, settings, runner=run, report=report)
+    with contextlib.ExitStack() as stack:
+        run: Any = run_inline
+        if scheduler or workers:
+            connect = remote_client(scheduler) if scheduler else local_client(workers)
+            client = stack.enter_context(connect)
+            click.echo(f"workers  {_describe_client(client)}")
+            run = partial(run_on, client)
+        report = stack.enter_context(_progress(plan, config))
+        summary = run_plan(plan, settings, runner=run, report=report)
     _describe_summary(summary, shards)
     for name in find_strangers(shards, plan):
         click.echo(f"note: {shards / name} belongs to no track of this corpus; delete it", err=True)
@@ -309,15 +309,13 @@ def _require_memory(plan: "Plan", workers: int) -> None:
 @contextmanager
 def _progress(plan: "Plan", config: FeatureConfig) -> Iterator[Callable[["ShardTask", Any], None]]:
     """Show tracks, hours of audio a minute, and the time left."""
-    import time
-
     from tqdm import tqdm
 
     start = time.monotonic()
     done_seconds = 0.0
     total = sum(task.audio_seconds(config.sample_rate_hz) for task in plan.tasks)
     with tqdm(
-        total=round(total / 3600, 4),
+        total=total / 3600,
         unit="h",
         desc="precompute",
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h "
@@ -336,7 +334,7 @@ def _progress(plan: "Plan", config: FeatureConfig) -> Iterator[Callable[["ShardT
             bar.set_postfix_str(
                 f"{num_tracks}/{len(plan.tracks)} tracks, {rate:.2g} audio h/min", refresh=False
             )
-            bar.update(seconds / 3600)
+            bar.update(min(seconds / 3600, bar.total - bar.n))
             for name, reason in shard.rejected if shard else ():
                 bar.write(f"rejected {name}: {reason}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flsep.cache import Layout
 from flsep.cache.format import track_datasets
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.tracks import Corpus, Track
+from flsep.pipeline.tracks import Corpus, Track, TrackInfo
 
 DEFAULT_SHARD_BYTES = 1 << 30
 
@@ -97,7 +97,7 @@ def plan_shards(
     groups: list[tuple[list[PlannedTrack], int]] = []
     split = ""
     for track in corpus.tracks:
-        planned = PlannedTrack(track, _stored_samples(track, config))
+        planned = PlannedTrack(track, _stored_samples(corpus.infos[track.name], config))
         size = _track_bytes(planned, layout, config)
         if groups and track.split == split and groups[-1][1] + size <= shard_bytes:
             groups[-1][0].append(planned)
@@ -117,8 +117,8 @@ def plan_shards(
     )
 
 
-def _stored_samples(track: Track, config: FeatureConfig) -> int:
-    return track.info.num_samples * config.sample_rate_hz // track.info.sample_rate_hz
+def _stored_samples(info: TrackInfo, config: FeatureConfig) -> int:
+    return info.num_samples * config.sample_rate_hz // info.sample_rate_hz
 
 
 def _expected_layout(corpus: Corpus, config: FeatureConfig) -> Layout:
