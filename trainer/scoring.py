@@ -35,6 +35,9 @@ FRAME_SECONDS = 1.0
 FILTER_SAMPLES = 512
 """Length of BSS Eval's distortion filters."""
 
+REFERENCE_STEPS = 2.0**15
+"""References are rounded to 16-bit steps, as the shards store them."""
+
 _PROGRAMS = ("ffmpeg", "ffprobe")
 _INSTALL = "run `pip install flsep[evaluate]`"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -125,7 +128,7 @@ def predict_peak_bytes(num_sources: int, num_channels: int, num_samples: int) ->
     """Predict the memory of `score_track`, its two input arrays included.
 
     museval keeps the complex128 spectra of all references over the whole track, padded to a power
-    of two, beside float64 copies, and the Gram matrix of all delayed references a few times.
+    of two, beside copies of the audio, and the Gram matrix of all delayed references a few times.
 
     Parameters
     ----------
@@ -140,7 +143,8 @@ def predict_peak_bytes(num_sources: int, num_channels: int, num_samples: int) ->
     num_signals = num_sources * num_channels
     num_bins: int = 2 ** math.ceil(math.log2(num_samples + FILTER_SAMPLES - 1))
     spectra = 16 * num_bins * (num_signals + 4)
-    signals = (4 + 4 + 8) * num_signals * num_samples + 8 * num_signals * num_samples
+    # both inputs, rounded references and museval's copies in float32, one copy in float64
+    signals = (5 * 4 + 8) * num_signals * num_samples
     gram = 4 * 8 * (num_signals * FILTER_SAMPLES) ** 2
     return 160 * 2**20 + spectra + signals + gram
 
@@ -155,10 +159,15 @@ def score_track(
 ) -> dict[str, Any]:
     """Score one track with BSS Eval v4 in frames of 1 s, the sources alone (no accompaniment).
 
+    Above the band of a lossy codec, stems decoded to float hold nothing but rounding errors of
+    float32. museval's filters then gain without limit there, and SIR, SAR and ISR mean nothing
+    (for the ideal ratio mask on a MUSDB18 track: SIR of the drums -6 dB instead of 16; SDR does
+    not depend on the filters). So references are rounded to 16 bits, which changes nothing for 16-bit audio.
+
     Parameters
     ----------
     references
-        float32 [source, sample, channel], the true sources.
+        float32 [source, sample, channel], the true sources, full scale 1.
     estimates
         float32, same shape, in the same order.
     sources
@@ -188,6 +197,7 @@ def score_track(
     prepare_museval()
     import museval
 
+    references = np.round(references * REFERENCE_STEPS) / REFERENCE_STEPS
     num_samples = references.shape[1]
     window_samples = int(FRAME_SECONDS * sample_rate_hz)
     if _has_silent_source(references) or _has_silent_source(estimates):

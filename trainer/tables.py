@@ -97,7 +97,7 @@ def _describe_frames(comparison: "Comparison") -> str:
     counts = sorted(set(comparison.num_common_frames.values()))
     text = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{len(comparison.tracks)} tracks; counted are the frames that every row scored: "
+        f"tracks: {len(comparison.tracks)}; frames that every row scored, and only these count: "
         f"{text} of {comparison.num_frames}"
     )
 

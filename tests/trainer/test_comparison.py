@@ -24,7 +24,7 @@ NAN = float("nan")
 
 TEXT = """\
 museval (BSS Eval v4): median over frames, then median over tracks, in dB
-2 tracks; counted are the frames that every row scored: 5 of 7
+tracks: 2; frames that every row scored, and only these count: 5 of 7
 
                             seeds    SDR  min..max  vs floor  vs none  scored
 mixture (floor)                 -  -5.00         -         -        -       6
@@ -172,7 +172,7 @@ def test_frames_are_chosen_per_source(tmp_path, floor):
     assert sdr_of(comparison, "odd", "bass") == 3.25
     assert comparison.entries[1].num_scored_frames == 1
     assert "vocals (1 of 7 frames, 1 of 2 tracks)" in comparison.to_text()
-    assert "every row scored: 1 to 6 of 7" in comparison.to_text()
+    assert "only these count: 1 to 6 of 7" in comparison.to_text()
 
 
 def test_one_infinite_metric_leaves_the_frame_out(tmp_path, floor):

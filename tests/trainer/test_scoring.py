@@ -44,6 +44,7 @@ def make_track(num_samples: int = 2 * RATE_HZ, num_channels: int = 1) -> np.ndar
     rng = np.random.default_rng(0)
     references, noise = 0.1 * rng.standard_normal((2, 2, num_samples, num_channels))
     estimates = references + 0.3 * references[::-1] + 0.1 * noise
+    references = np.round(references * 2**15) / 2**15  # 16-bit audio: scored as it is
     return np.stack([references, estimates]).astype(np.float32)
 
 
@@ -134,6 +135,18 @@ class TestScoreTrack:
         assert calls
         assert np.isfinite(values[:, :, 0]).all()
         assert np.isnan(values[:, :, 1]).all()
+
+    def test_references_without_treble_are_scored_as_16_bit_audio(self, museval):
+        rng = np.random.default_rng(0)
+        spectra = np.fft.rfft(0.1 * rng.standard_normal((2, 2 * RATE_HZ)))
+        spectra[:, spectra.shape[1] * 3 // 5 :] = 0
+        references = np.fft.irfft(spectra)[..., None].astype(np.float32)
+        estimates = references + 0.1 * references[::-1]
+        estimates += 1e-4 * rng.standard_normal(references.shape).astype(np.float32)
+        sir = table(score([references, estimates]))[:, 1]
+        np.testing.assert_allclose(sir, 20, atol=0.5)
+        # the trap: the same in float32, by museval alone
+        assert (museval.evaluate(references, estimates, win=RATE_HZ, hop=RATE_HZ)[2] < -40).all()
 
     def test_a_track_shorter_than_a_frame_is_one_frame(self):
         assert table(score(make_track(num_samples=RATE_HZ // 2))).shape == (2, 4, 1)
