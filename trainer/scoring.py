@@ -162,7 +162,8 @@ def score_track(
     Above the band of a lossy codec, stems decoded to float hold nothing but rounding errors of
     float32. museval's filters then gain without limit there, and SIR, SAR and ISR mean nothing
     (for the ideal ratio mask on a MUSDB18 track: SIR of the drums -6 dB instead of 16; SDR does
-    not depend on the filters). So references are rounded to 16 bits, which changes nothing for 16-bit audio.
+    not depend on the filters). So references are rounded to 16 bits, which changes nothing for
+    16-bit audio.
 
     Parameters
     ----------
@@ -197,7 +198,7 @@ def score_track(
     prepare_museval()
     import museval
 
-    references = np.round(references * REFERENCE_STEPS) / REFERENCE_STEPS
+    references = (np.round(references * REFERENCE_STEPS) / REFERENCE_STEPS).astype(np.float32)
     num_samples = references.shape[1]
     window_samples = int(FRAME_SECONDS * sample_rate_hz)
     if _has_silent_source(references) or _has_silent_source(estimates):
