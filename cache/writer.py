@@ -105,9 +105,11 @@ class TrackWriter:
     def append_audio(self, signal: int, waveform: npt.NDArray[np.float32]) -> None:
         """Write one signal's audio, float32 [channel, sample], as int16 with a scale.
 
-        The scale is 1 / 32767 unless the signal exceeds full scale, so that nothing clips.
+        The scale is 1 / 32768, so that 16-bit audio is kept exactly, unless the signal exceeds
+        full scale: then it is as large as it takes for nothing to clip.
         """
-        scale = max(1.0, float(np.abs(waveform).max())) / 32767
+        peak = float(np.abs(waveform).max())
+        scale = 1 / 32768 if peak <= 32767 / 32768 else peak / 32767
         self._scales[signal] = scale
         self.append("audio", signal, np.round(waveform / np.float32(scale)))
 

@@ -118,10 +118,20 @@ def test_audio_beyond_full_scale_is_scaled_not_clipped(
     arrays["audio"][0] *= 10
     arrays["audio"][1] *= 0.1
     shard = ShardFile(write_shard(tmp_path / "a.h5", {"x": ("test", arrays)}))
-    assert shard.tracks[0].audio_scale[1] == pytest.approx(1 / 32767)
+    assert shard.tracks[0].audio_scale[1] == 1 / 32768
     loud = shard.read(0, "audio", 0, verify=True) * shard.tracks[0].audio_scale[0]
     np.testing.assert_allclose(loud, arrays["audio"][0], atol=15 / 32767)
     assert np.abs(loud).max() > 14
+
+
+def test_16_bit_audio_is_kept_exactly(
+    tmp_path: Path, write_shard: Callable[..., Path], track_arrays: Callable[..., dict[str, Any]]
+) -> None:
+    arrays = track_arrays(3)
+    samples = np.random.default_rng(0).integers(-32767, 32768, arrays["audio"].shape)
+    arrays["audio"] = (samples / 32768).astype(np.float32)
+    shard = ShardFile(write_shard(tmp_path / "a.h5", {"x": ("test", arrays)}))
+    np.testing.assert_array_equal(shard.read(0, "audio", 2, verify=True), samples[2])
 
 
 def test_json_is_replaced_atomically(tmp_path: Path) -> None:
