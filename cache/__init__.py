@@ -11,7 +11,7 @@ from flsep.cache.format import MIXTURE, SILENCE_DB, SPLITS, Layout
 from flsep.cache.index import Index, Statistics, TrackRecord, build_index, read_index, write_index
 from flsep.cache.reader import ShardFile, Shards
 from flsep.cache.verify import ShardVerdict, verify_shard, verify_shards
-from flsep.cache.writer import ShardWriter, remove_leftovers, sync_folder, write_json
+from flsep.cache.writer import ShardWriter, TrackPlan, remove_leftovers, sync_folder, write_json
 
 __all__ = [
     "MIXTURE",
@@ -29,6 +29,7 @@ __all__ = [
     "ShardWriter",
     "Shards",
     "Statistics",
+    "TrackPlan",
     "TrackRecord",
     "build_index",
     "read_index",

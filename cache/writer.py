@@ -1,11 +1,13 @@
 """Write one shard: under a temporary name, complete, fsynced, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,7 @@ from flsep.cache.format import (
     FORMAT_VERSION,
     SILENCE_DB,
     SPLITS,
+    Dataset,
     Layout,
     canonical_json,
     fingerprint,
@@ -28,48 +31,70 @@ from flsep.cache.format import (
 from flsep.cache.reader import ShardFile
 
 TEMPORARY_SUFFIX = ".part"
-# HDF5 1.10 object headers carry checksums, so that damaged metadata is noticed on opening.
-_HDF5_VERSION = ("v110", "v110")
-# Datasets start on a page, so that memory maps of them are aligned.
+# Datasets start on a page, so that memory maps of them are aligned. (The format of HDF5 1.10 is
+# asked for below since its object headers carry checksums: damaged metadata is noticed.)
 _ALIGNMENT_BYTES = 4096
+_SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackPlan:
+    """What has to be known of a track before it is written: all sizes follow.
+
+    Attributes
+    ----------
+    name, split : str
+        Of the track.
+    num_samples, num_windows : int
+        Length of every signal, and the teacher windows in it.
+    with_audio : bool
+        Store the audio too.
+    """
+
+    name: str
+    split: str
+    num_samples: int
+    num_windows: int
+    with_audio: bool
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}; expected one of {SPLITS}")
+        if self.num_samples < 1 or self.num_windows < 1:
+            raise ValueError(
+                f"track {self.name!r} has {self.num_samples} samples, {self.num_windows} windows"
+            )
+
+    def datasets(self, layout: Layout) -> dict[str, Dataset]:
+        """Return every dataset of the track by name."""
+        return track_datasets(
+            layout,
+            num_samples=self.num_samples,
+            num_windows=self.num_windows,
+            with_audio=self.with_audio,
+        )
 
 
 class TrackWriter:
-    """Fill the datasets of one track, each entry of axis 0 (signal) front to back."""
+    """Fill the datasets of one track, each entry of axis 0 (signal) front to back.
+
+    The bytes go straight to their place in the file, past HDF5.
+    """
 
     def __init__(
-        self,
-        group: h5py.Group,
-        layout: Layout,
-        num_samples: int,
-        num_windows: int,
-        with_audio: bool,
+        self, plan: TrackPlan, layout: Layout, descriptor: int, offsets: dict[str, int]
     ) -> None:
-        self._group = group
         self._layout = layout
-        self._datasets = track_datasets(
-            layout, num_samples=num_samples, num_windows=num_windows, with_audio=with_audio
-        )
+        self._descriptor = descriptor
+        self._offsets = offsets
+        self._datasets = plan.datasets(layout)
         self._written: dict[tuple[str, int], int] = {}
         self._hashes = {
             (name, entry): hashlib.sha256()
             for name, dataset in self._datasets.items()
             for entry in range(dataset.shape[0])
         }
-        create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        create.set_layout(h5py.h5d.CONTIGUOUS)
-        create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        create.set_obj_track_times(False)
-        for name, dataset in self._datasets.items():
-            h5py.h5d.create(
-                group.id,
-                name.encode(),
-                h5py.h5t.py_create(dataset.dtype),
-                h5py.h5s.create_simple(dataset.shape),
-                dcpl=create,
-            )
-        self._scales = np.zeros(len(layout.signals))
+        self.audio_scale = np.zeros(len(layout.signals))
 
     def append(self, name: str, entry: int, block: npt.ArrayLike) -> None:
         """Write the next rows of one entry of a dataset.
@@ -98,9 +123,26 @@ class TrackWriter:
             )
         if data.dtype.kind == "f" and not np.isfinite(data).all():
             raise ValueError(f"{name}[{entry}] would hold NaN or infinity from row {start}")
-        self._group[name][entry, start:stop] = data
-        self._hashes[name, entry].update(data.data)
+        raw = memoryview(data).cast("B")
+        row_bytes = dataset.num_bytes // (dataset.shape[0] * dataset.shape[1])
+        position = self._offsets[name] + (entry * dataset.shape[1] + start) * row_bytes
+        self._hashes[name, entry].update(raw)
+        while raw:
+            count = os.pwrite(self._descriptor, raw, position)
+            raw, position = raw[count:], position + count
         self._written[name, entry] = stop
+
+    def append_embedding(
+        self,
+        signal: int,
+        embedding: npt.NDArray[np.float32],
+        activity_db: npt.NDArray[np.float32],
+    ) -> None:
+        """Write one signal's embeddings, [window, dim], levels, [window], and their moments."""
+        self.append("embedding", signal, embedding)
+        self.append("activity", signal, activity_db)
+        active = embedding[activity_db >= SILENCE_DB].astype(np.float64)
+        self.append("embedding_moments", signal, [active.sum(axis=0), (active**2).sum(axis=0)])
 
     def append_audio(self, signal: int, waveform: npt.NDArray[np.float32]) -> None:
         """Write one signal's audio, float32 [channel, sample], as int16 with a scale.
@@ -110,42 +152,31 @@ class TrackWriter:
         """
         peak = float(np.abs(waveform).max())
         scale = 1 / 32768 if peak <= 32767 / 32768 else peak / 32767
-        self._scales[signal] = scale
+        self.audio_scale[signal] = scale
         self.append("audio", signal, np.round(waveform / np.float32(scale)))
 
-    def append_moments(self, magnitude: npt.NDArray[np.float64]) -> None:
-        """Write the statistics: float64 [2, bin] of the mixture, those of the embeddings derived.
-
-        Call it after every ``embedding`` and ``activity`` is written.
-        """
-        for entry in range(2):
-            self.append("magnitude_moments", entry, magnitude[entry])
-        for signal in range(len(self._layout.signals)):
-            active = self._group["activity"][signal] >= SILENCE_DB
-            embedding = self._group["embedding"][signal][active].astype(np.float64)
-            self.append(
-                "embedding_moments", signal, [embedding.sum(axis=0), (embedding**2).sum(axis=0)]
-            )
-
-    def finish(self) -> None:
-        """Store the digests; raises ValueError if anything is missing."""
+    def digests(self) -> dict[str, npt.NDArray[np.bytes_]]:
+        """Return the digests of each dataset; raises ValueError if anything is missing."""
         for name, entry in self._hashes:
             rows = self._written.get((name, entry), 0)
             expected = self._datasets[name].shape[1]
             if rows != expected:
                 raise ValueError(f"{name}[{entry}] has {rows} of {expected} rows")
-        for name, dataset in self._datasets.items():
-            digests = [self._hashes[name, entry].hexdigest() for entry in range(dataset.shape[0])]
-            self._group[name].attrs["sha256"] = np.array(digests, dtype="S64")
-        if "audio" in self._datasets:
-            self._group["audio"].attrs["scale"] = self._scales
+        return {
+            name: np.array(
+                [self._hashes[name, entry].hexdigest() for entry in range(dataset.shape[0])],
+                dtype="S64",
+            )
+            for name, dataset in self._datasets.items()
+        }
 
 
 class ShardWriter:
     """Write a shard of one or more tracks.
 
-    Use it as a context manager: leaving it normally checks the file, flushes it to the disk and
-    gives it its name; leaving it by an exception removes it.
+    Use it as a context manager: entering it lays out the file and reserves its space on the disk;
+    leaving it normally checks the file, flushes it to the disk and gives it its name; leaving it
+    by an exception removes it.
 
     Parameters
     ----------
@@ -153,17 +184,37 @@ class ShardWriter:
         Final name; its folder exists.
     layout : Layout
         What the data is.
+    tracks : sequence of TrackPlan
+        What it will hold.
     config : dict
         The resolved configuration, JSON values; its fingerprint ties shards together.
     packages : dict
         Versions of the packages that made the data.
+
+    Attributes
+    ----------
+    tracks : list of TrackWriter
+        One a track, in the same order, to be filled while the context is open.
+
+    Raises
+    ------
+    OSError
+        On entering, if the disk has no room for the shard.
     """
 
     def __init__(
-        self, path: Path, layout: Layout, *, config: dict[str, Any], packages: dict[str, str]
+        self,
+        path: Path,
+        layout: Layout,
+        tracks: Sequence[TrackPlan],
+        *,
+        config: dict[str, Any],
+        packages: dict[str, str],
     ) -> None:
         self.path = path
+        self.tracks: list[TrackWriter] = []
         self._layout = layout
+        self._plans = tracks
         self._attributes = {
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
@@ -175,36 +226,77 @@ class ShardWriter:
         self._temporary = path.with_name(
             f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
         )
-        self._num_tracks = 0
 
     def __enter__(self) -> "ShardWriter":
-        self._file = h5py.File(
-            self._temporary,
-            "w",
-            libver=_HDF5_VERSION,
-            alignment_threshold=_ALIGNMENT_BYTES,
-            alignment_interval=_ALIGNMENT_BYTES,
+        num_bytes = sum(
+            dataset.num_bytes + _ALIGNMENT_BYTES
+            for plan in self._plans
+            for dataset in plan.datasets(self._layout).values()
         )
-        self._file.attrs.update(self._attributes)
+        # HDF5 itself can crash where the disk is full: it must not come to that.
+        if shutil.disk_usage(self.path.parent).free < num_bytes + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        try:
+            offsets = self._lay_out()
+            self._descriptor = os.open(self._temporary, os.O_RDWR)
+            try:
+                os.posix_fallocate(self._descriptor, 0, os.fstat(self._descriptor).st_size)
+            except OSError as error:
+                os.close(self._descriptor)
+                error.filename = str(self.path)
+                raise
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
+        self.tracks = [
+            TrackWriter(plan, self._layout, self._descriptor, places)
+            for plan, places in zip(self._plans, offsets, strict=True)
+        ]
         return self
 
-    @contextmanager
-    def track(
-        self, name: str, split: str, *, num_samples: int, num_windows: int, with_audio: bool
-    ) -> Iterator[TrackWriter]:
-        """Add a track; its datasets must be complete when the block is left."""
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
-        if num_samples < 1 or num_windows < 1:
-            raise ValueError(f"track {name!r} has {num_samples} samples, {num_windows} windows")
-        group = self._file.create_group(group_name(self._num_tracks))
-        self._num_tracks += 1
-        group.attrs.update(
-            {"name": name, "split": split, "num_samples": num_samples, "num_windows": num_windows}
+    def _lay_out(self) -> list[dict[str, int]]:
+        """Create all groups, datasets and attributes; return where each dataset's bytes go."""
+        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+        access.set_alignment(_ALIGNMENT_BYTES, _ALIGNMENT_BYTES)
+        creation, group_creation, contiguous = (
+            h5py.h5p.create(kind)
+            for kind in (h5py.h5p.FILE_CREATE, h5py.h5p.GROUP_CREATE, h5py.h5p.DATASET_CREATE)
         )
-        writer = TrackWriter(group, self._layout, num_samples, num_windows, with_audio)
-        yield writer
-        writer.finish()
+        for properties in (creation, group_creation, contiguous):
+            properties.set_obj_track_times(False)  # the same content gives the same bytes
+        contiguous.set_layout(h5py.h5d.CONTIGUOUS)
+        contiguous.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        contiguous.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        identity = h5py.h5f.create(
+            os.fsencode(self._temporary), h5py.h5f.ACC_EXCL, fcpl=creation, fapl=access
+        )
+        offsets = []
+        with h5py.File(identity) as file:
+            file.attrs.update(self._attributes)
+            for number, plan in enumerate(self._plans):
+                name = group_name(number).encode()
+                group = h5py.Group(h5py.h5g.create(file.id, name, gcpl=group_creation))
+                group.attrs.update(
+                    {
+                        "name": plan.name,
+                        "split": plan.split,
+                        "num_samples": plan.num_samples,
+                        "num_windows": plan.num_windows,
+                    }
+                )
+                places = {}
+                for key, dataset in plan.datasets(self._layout).items():
+                    kind = h5py.h5t.py_create(dataset.dtype)
+                    space = h5py.h5s.create_simple(dataset.shape)
+                    stored = h5py.h5d.create(group.id, key.encode(), kind, space, dcpl=contiguous)
+                    places[key] = stored.get_offset()
+                    attributes = h5py.Dataset(stored).attrs
+                    attributes["sha256"] = np.full(dataset.shape[0], b"?" * 64, dtype="S64")
+                    if key == "audio":
+                        attributes["scale"] = np.zeros(dataset.shape[0])
+                offsets.append(places)
+        return offsets
 
     def __exit__(
         self,
@@ -213,15 +305,25 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self._file.close()
             if kind is None:
-                with open(self._temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                ShardFile(self._temporary)
-                self._temporary.replace(self.path)
-                sync_folder(self.path.parent)
+                self._finish()
         finally:
+            os.close(self._descriptor)
             self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        digests = [track.digests() for track in self.tracks]
+        with h5py.File(self._temporary, "r+") as file:
+            for number, (track, values) in enumerate(zip(self.tracks, digests, strict=True)):
+                group = file[group_name(number)]
+                for name, digest in values.items():
+                    group[name].attrs.modify("sha256", digest)
+                if "audio" in values:
+                    group["audio"].attrs.modify("scale", track.audio_scale)
+        os.fsync(self._descriptor)
+        ShardFile(self._temporary)
+        self._temporary.replace(self.path)
+        sync_folder(self.path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flsep.cache import CacheError, Layout, ShardFile, ShardWriter, verify_shard
+from flsep.cache import CacheError, Layout, ShardFile, ShardWriter, TrackPlan, verify_shard
 from flsep.cache.writer import TrackWriter
 from flsep.pipeline.config import FeatureConfig
 from flsep.pipeline.features import (
@@ -23,7 +23,7 @@ from flsep.pipeline.features import (
     stft_blocks,
     to_mono,
 )
-from flsep.pipeline.media import AudioStream, MediaError, decode
+from flsep.pipeline.media import AudioStream, decode
 from flsep.pipeline.plan import PlannedTrack, ShardTask
 from flsep.pipeline.teacher import Teacher, TeacherInfo
 
@@ -195,21 +195,27 @@ def _write_shard(
     report: ShardReport,
 ) -> None:
     with ShardWriter(
-        path, settings.layout, config=settings.fingerprinted(), packages=list_packages()
+        path,
+        settings.layout,
+        [_plan_track(planned, settings) for planned in tracks],
+        config=settings.fingerprinted(),
+        packages=list_packages(),
     ) as shard:
-        for planned in tracks:
-            teacher_samples = _teacher_samples(planned, settings)
+        for planned, writer in zip(tracks, shard.tracks, strict=True):
             try:
-                with shard.track(
-                    planned.track.name,
-                    planned.track.split,
-                    num_samples=planned.num_samples,
-                    num_windows=_count_windows(planned, settings),
-                    with_audio=planned.track.split in settings.config.audio_splits,
-                ) as writer:
-                    _write_track(writer, planned, teacher_samples, settings, embed, report)
+                _write_track(writer, planned, settings, embed, report)
             except ValueError as error:
                 raise TrackError(planned.track.name, str(error)) from error
+
+
+def _plan_track(planned: PlannedTrack, settings: ShardSettings) -> TrackPlan:
+    return TrackPlan(
+        name=planned.track.name,
+        split=planned.track.split,
+        num_samples=planned.num_samples,
+        num_windows=_count_windows(planned, settings),
+        with_audio=planned.track.split in settings.config.audio_splits,
+    )
 
 
 def _teacher_samples(planned: PlannedTrack, settings: ShardSettings) -> int:
@@ -220,9 +226,10 @@ def _count_windows(planned: PlannedTrack, settings: ShardSettings) -> int:
     teacher = settings.teacher
     spare = _teacher_samples(planned, settings) - teacher.window_samples
     if spare < 0:
-        raise MediaError(
+        raise TrackError(
+            planned.track.name,
             f"{planned.num_samples / settings.config.sample_rate_hz:.2f} s long, the teacher needs "
-            f"{teacher.window_samples / teacher.sample_rate_hz:.2f} s; leave it out"
+            f"{teacher.window_samples / teacher.sample_rate_hz:.2f} s; leave it out",
         )
     return 1 + spare // teacher.hop_samples
 
@@ -230,13 +237,13 @@ def _count_windows(planned: PlannedTrack, settings: ShardSettings) -> int:
 def _write_track(
     writer: TrackWriter,
     planned: PlannedTrack,
-    teacher_samples: int,
     settings: ShardSettings,
     embed: Embed,
     report: ShardReport,
 ) -> None:
     """Write one track a signal at a time, so that memory holds one waveform and a block."""
     moments = MagnitudeMoments(settings.layout.num_bins)
+    teacher_samples = _teacher_samples(planned, settings)
 
     def write_signal(signal: int, waveform: NDArray[np.float32]) -> None:
         _write_spectrum(
@@ -250,11 +257,10 @@ def _write_track(
         with report.measure("teacher"):
             embedding = embed(mono)
         with report.measure("write"):
-            writer.append("embedding", signal, embedding)
-            activity = activity_db(
+            level = activity_db(
                 mono, settings.teacher.window_samples, settings.teacher.hop_samples, len(embedding)
             )
-            writer.append("activity", signal, activity)
+            writer.append_embedding(signal, embedding, level)
             if planned.track.split in settings.config.audio_splits:
                 writer.append_audio(signal, waveform)
 
@@ -268,7 +274,8 @@ def _write_track(
             total = waveform if total is None else np.add(total, waveform, out=total)
     if total is not None:
         write_signal(0, total)
-    writer.append_moments(np.stack([moments.total, moments.total_squares]))
+    writer.append("magnitude_moments", 0, moments.total)
+    writer.append("magnitude_moments", 1, moments.total_squares)
 
 
 def _write_spectrum(

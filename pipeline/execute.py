@@ -1,6 +1,8 @@
 """Run tasks inline or on Dask; this is the only module that imports it."""
 
+import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -82,19 +84,22 @@ def local_client(num_workers: int) -> Iterator["Client"]:
         "distributed.admin.log-format": "%(message)s",
         "distributed.comm.timeouts.connect": "60s",
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address=None,
-            silence_logs=50,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set(settings):
+        # Ctrl-C reaches the workers too: they inherit that it is ignored, and the client ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            cluster = LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                worker_dashboard_address=None,
+                silence_logs=logging.CRITICAL,
+            )
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        with cluster, Client(cluster) as client:
+            yield client
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flsep.cache import Layout, ShardFile, ShardWriter, build_index, write_index
+from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, build_index, write_index
 
 
 @pytest.fixture
@@ -52,23 +52,30 @@ def write_shard(layout: Layout) -> Callable[..., Path]:
     """Write tracks, ``{name: (split, arrays)}``, to a shard."""
 
     def write(path: Path, tracks: dict[str, tuple[str, dict[str, Any]]], **config: Any) -> Path:
-        with ShardWriter(path, layout, config={"n": 1, **config}, packages={"flsep": "0"}) as shard:
-            for name, (split, arrays) in tracks.items():
-                with shard.track(
-                    name,
-                    split,
-                    num_samples=arrays["num_samples"],
-                    num_windows=arrays["num_windows"],
-                    with_audio=split == "test",
-                ) as track:
-                    for signal in range(3):
-                        for start in range(0, arrays["stft"].shape[1], 37):
-                            track.append("stft", signal, arrays["stft"][signal, start : start + 37])
-                        track.append("embedding", signal, arrays["embedding"][signal])
-                        track.append("activity", signal, arrays["activity"][signal])
-                        if split == "test":
-                            track.append_audio(signal, arrays["audio"][signal])
-                    track.append_moments(arrays["magnitude_moments"])
+        plans = [
+            TrackPlan(
+                name=name,
+                split=split,
+                num_samples=arrays["num_samples"],
+                num_windows=arrays["num_windows"],
+                with_audio=split == "test",
+            )
+            for name, (split, arrays) in tracks.items()
+        ]
+        with ShardWriter(
+            path, layout, plans, config={"n": 1, **config}, packages={"flsep": "0"}
+        ) as shard:
+            for track, (split, arrays) in zip(shard.tracks, tracks.values(), strict=True):
+                for signal in range(3):
+                    for start in range(0, arrays["stft"].shape[1], 37):
+                        track.append("stft", signal, arrays["stft"][signal, start : start + 37])
+                    track.append_embedding(
+                        signal, arrays["embedding"][signal], arrays["activity"][signal]
+                    )
+                    if split == "test":
+                        track.append_audio(signal, arrays["audio"][signal])
+                for entry in range(2):
+                    track.append("magnitude_moments", entry, arrays["magnitude_moments"][entry])
         return path
 
     return write

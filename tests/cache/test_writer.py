@@ -1,24 +1,25 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flsep.cache import Layout, ShardFile, ShardWriter, remove_leftovers
-from flsep.cache.writer import write_json
+from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, remove_leftovers
+from flsep.cache.writer import TrackWriter, write_json
+
+PLAN = TrackPlan(name="x", split="train", num_samples=100, num_windows=5, with_audio=False)
 
 
-def one_track(layout: Layout, folder: Path, action: Callable[[Any], None]) -> None:
-    with (
-        ShardWriter(folder / "a.h5", layout, config={}, packages={}) as shard,
-        shard.track("x", "train", num_samples=100, num_windows=5, with_audio=False) as track,
-    ):
-        action(track)
+def one_track(layout: Layout, folder: Path, action: Callable[[TrackWriter], None]) -> None:
+    with ShardWriter(folder / "a.h5", layout, [PLAN], config={}, packages={}) as shard:
+        action(shard.tracks[0])
 
 
 def test_the_same_content_gives_the_same_bytes(
@@ -30,7 +31,7 @@ def test_the_same_content_gives_the_same_bytes(
 
 
 def test_an_exception_leaves_no_file(tmp_path: Path, layout: Layout) -> None:
-    writer = ShardWriter(tmp_path / "a.h5", layout, config={}, packages={})
+    writer = ShardWriter(tmp_path / "a.h5", layout, [PLAN], config={}, packages={})
     with pytest.raises(RuntimeError, match="boom"), writer:
         raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
@@ -60,14 +61,14 @@ def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> 
     script = f"""
 import time
 from pathlib import Path
-from flsep.cache import Layout, ShardWriter
+from flsep.cache import Layout, ShardWriter, TrackPlan
 layout = Layout(sample_rate_hz=8000, num_channels=2, n_fft=64, hop_samples=16,
     stft_dtype="float16", sources=("x",), teacher="t", teacher_digest="", embedding_size=3,
     window_seconds=0.1, window_hop_seconds=0.1)
-with ShardWriter(Path({str(tmp_path)!r}) / "a.h5", layout, config={{}}, packages={{}}) as shard:
-    with shard.track("x", "train", num_samples=10**6, num_windows=5, with_audio=False):
-        print("writing", flush=True)
-        time.sleep(60)
+plan = TrackPlan(name="x", split="train", num_samples=10**6, num_windows=5, with_audio=False)
+with ShardWriter(Path({str(tmp_path)!r}) / "a.h5", layout, [plan], config={{}}, packages={{}}):
+    print("writing", flush=True)
+    time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -100,15 +101,30 @@ def test_wrong_content_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kwargs", [{"num_samples": 0}, {"num_windows": 0}])
-def test_empty_tracks_are_refused(layout: Layout, tmp_path: Path, kwargs: dict[str, int]) -> None:
-    sizes = {"num_samples": 100, "num_windows": 5, **kwargs}
+@pytest.mark.parametrize("change", [{"num_samples": 0}, {"num_windows": 0}, {"split": "exam"}])
+def test_impossible_tracks_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"samples|split is 'exam'"):
+        replace(PLAN, **change)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = replace(PLAN, num_samples=10**15)
     with (
-        pytest.raises(ValueError, match="samples"),
-        ShardWriter(tmp_path / "a.h5", layout, config={}, packages={}) as shard,
-        shard.track("x", "train", with_audio=False, **sizes),
+        pytest.raises(OSError, match=r"No space left on device: .*a\.h5"),
+        ShardWriter(tmp_path / "a.h5", layout, [huge], config={}, packages={}),
     ):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.h5"):
+        one_track(layout, tmp_path, lambda track: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_audio_beyond_full_scale_is_scaled_not_clipped(
