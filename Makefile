@@ -40,7 +40,7 @@ test: setup
 
 # make bench   prints the speed ratios of docs/explanation.md, measured on this machine
 bench: setup
-	$(BIN)/python -m pytest -q -s tests/benchmarks
+	FLSEP_BENCH=1 $(BIN)/python -m pytest -q tests/benchmarks
 
 demo: setup
 	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher

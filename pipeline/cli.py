@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.metadata
 import os
 import sys
 import time
@@ -531,11 +530,8 @@ def main() -> None:
     """Run the command; an expected failure is one line and exit status 1."""
     try:
         sys.exit(cli.main(standalone_mode=False))
-    except click.exceptions.Abort:
-        click.echo("\nstopped; the same command goes on from here", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on from here", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("\nstopped; run the same command again to go on", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -543,7 +539,11 @@ def main() -> None:
     except OSError as error:
         click.echo(f"Error: {_explain(error)}", err=True)
         sys.exit(1)
-    except (CacheError, ValueError, importlib.metadata.PackageNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        extras = "pipeline,demo" if "demo-corpus" in sys.argv else "pipeline"
+        click.echo(f"Error: {error.name} is missing; run `pip install 'flsep[{extras}]'`", err=True)
+        sys.exit(1)
+    except (CacheError, ValueError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
 

@@ -14,7 +14,7 @@ DEFAULT_SHARD_BYTES = 1 << 30
 # A worker beyond TensorFlow and its teacher, fitted to measurements (docs/explanation.md): the
 # interpreter with its libraries, then a signal at a time as float32 while it is transformed, with
 # what the resampler needs, and its sum with the others where the mixture is not given.
-_WORKER_BYTES = 300 << 20
+_WORKER_BYTES = 100 << 20
 _WAVEFORM_COPIES = 2.5
 
 

@@ -283,7 +283,7 @@ def test_interrupted_runs_go_on(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does with Ctrl-C
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; the same command goes on from here" in errors
+    assert "stopped; run the same command again to go on" in errors
     assert "Traceback" not in errors
     finished = {path: path.stat().st_mtime_ns for path in shards.glob("*.h5")}
     assert 1 <= len(finished) < 17
