@@ -35,8 +35,9 @@ typecheck: setup
 	@for name in cache pipeline trainer; do ln -sfn ../../../$$name build/typing/flsep/$$name; done
 	$(BIN)/mypy -p flsep.cache -p flsep.pipeline -p flsep.trainer
 
+# Two processes with a thread each: oversubscribed cores cost more than they give.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # make bench   prints the speed ratios of docs/explanation.md, measured on this machine
 bench: setup

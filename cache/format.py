@@ -109,7 +109,7 @@ class Layout:
         if set(values) != names:
             raise ValueError(f"layout has the fields {sorted(values)}; expected {sorted(names)}")
         for field in fields(cls):
-            if field.type in (int, float, str) and not isinstance(values[field.name], field.type):  # type: ignore[arg-type]
+            if field.type in (int, float, str) and not isinstance(values[field.name], field.type):
                 raise ValueError(f"layout field {field.name} is {values[field.name]!r}")
         if not all(isinstance(name, str) for name in values["sources"]):
             raise ValueError("layout field sources is no list of names")

@@ -123,7 +123,7 @@ class TrackWriter:
             )
         if data.dtype.kind == "f" and not np.isfinite(data).all():
             raise ValueError(f"{name}[{entry}] would hold NaN or infinity from row {start}")
-        raw = memoryview(data).cast("B")
+        raw = data.data.cast("B")
         row_bytes = dataset.num_bytes // (dataset.shape[0] * dataset.shape[1])
         position = self._offsets[name] + (entry * dataset.shape[1] + start) * row_bytes
         self._hashes[name, entry].update(raw)
