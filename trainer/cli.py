@@ -1,0 +1,467 @@
+"""The command ``flsep-train``: arguments in, one line out for what went wrong.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from flsep.trainer.config import TrainConfig
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_ANY = click.Path(path_type=Path)
+
+
+class _Commands(click.Group):
+    """Turns expected failures into one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            message = _explain(error)
+            if message is None:
+                raise
+            raise click.ClickException(message) from error
+
+
+def _explain(error: Exception) -> str | None:
+    """Return the line for an expected failure, None for a bug."""
+    from flsep.cache import CacheError
+
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, CacheError)
+    notes = getattr(error, "__notes__", [])
+    if "torch" in sys.modules:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return "out of GPU memory; use --set data.batch_size=... or a smaller model"
+    if isinstance(error, MemoryError):
+        return "out of memory; use --set data.batch_size=... or a smaller model"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; run `pip install flsep[trainer,evaluate]`"
+    if not isinstance(error, expected):
+        return None
+    return " ".join(" ".join([str(error) or type(error).__name__, *notes]).split())
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Details of a command: flsep-train COMMAND --help",
+)
+@click.version_option(package_name="flsep", prog_name="flsep-train")
+def main() -> None:
+    """Train X-UMX on precomputed shards, informed by a teacher's embeddings; separate; score.
+
+    \b
+    flsep-train fit SHARDS --run runs/none
+    flsep-train fit SHARDS --run runs/contrastive --approach contrastive
+    flsep-train separate runs/none song.mp3 separated
+    flsep-train evaluate runs/none runs/contrastive SHARDS --floor runs/floor
+    flsep-train compare runs/none runs/contrastive --floor runs/floor
+
+    SHARDS is a folder that flsep-precompute run has written.
+    """
+
+
+def _device_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.",
+    )(command)
+
+
+def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Compare each signal with its digest when it is first read.",
+    )(command)
+
+
+@main.command()
+@click.argument("shards", type=_FOLDER)
+@click.option("--run", required=True, type=_ANY, help="Run folder to make: weights, metrics, logs.")
+@click.option(
+    "--approach",
+    type=click.Choice(["none", "concat", "contrastive", "distance"]),
+    help="none: plain X-UMX. concat: the mixture's embedding enters the latent; separating needs "
+    "the teacher. contrastive, distance: regularizers; separating needs no teacher. "
+    "[default: none]",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["xumx", "demo"]),
+    default="xumx",
+    show_default=True,
+    help="xumx: the public recipe, for a GPU. demo: about a minute on two CPU cores.",
+)
+@click.option(
+    "--mixing",
+    type=click.Choice(["original", "random"]),
+    help="original: excerpts of the tracks as they are. random: each source from a random track, "
+    "with its own gain and channel swap; regularizers then need --teacher-signal stems, concat "
+    "is impossible. Compare approaches under the same mixing. [default: original]",
+)
+@click.option(
+    "--teacher-signal",
+    type=click.Choice(["mixture", "stems"]),
+    help="Embeddings to learn from: the mixture's, or each stem's. [default: mixture]",
+)
+@click.option("--weight", type=float, help="Factor of the regularizer. [default: 1.0]")
+@click.option("--temperature", type=float, help="Of contrastive. [default: 0.1]")
+@click.option("--seed", type=int, help="Of weights, dropout and excerpts. [default: 0]")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    help="Change any field of the configuration; beats the options above. May be repeated; "
+    "config.json in the run folder shows all fields.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in the folder, exactly; start it where there is none. Options may "
+    "only repeat what it was started with, but for fit.epochs and fit.patience.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    help="Threads that read ahead; the batches do not depend on it. [default: cores, at most 8]",
+)
+@_device_option
+@_verify_option
+@click.pass_context
+def fit(
+    ctx: click.Context,
+    shards: Path,
+    run: Path,
+    recipe: str,
+    resume: bool,
+    overwrite: bool,
+    workers: int | None,
+    device: str,
+    verify: bool,
+    **options: Any,
+) -> None:
+    """Train a separator.
+
+    \b
+    flsep-train fit SHARDS --run runs/none
+    flsep-train fit SHARDS --run runs/contrastive --approach contrastive --weight 0.5
+    flsep-train fit SHARDS --run runs/small --set separator.hidden_size=128 --set fit.epochs=50
+
+    Ctrl-C, SIGTERM and SIGUSR1 save after the step and end with status 130, 143 and 138; the same
+    command with --resume goes on as if nothing had happened, whatever --workers. The validation
+    split's separation loss (without the regularizer) decides the schedule, the early stop and
+    which weights are the best.
+
+    \b
+    The run folder holds
+      best.safetensors   weights with the lowest validation loss, and the configuration
+      last.safetensors   the same with all that --resume needs
+      metrics.jsonl      a line an epoch, each loss term apart; events.* for TensorBoard
+      config.json, environment.json
+    """
+    from flsep.cache import Shards
+    from flsep.trainer.checkpoint import load_checkpoint
+    from flsep.trainer.loop import Stopped, describe_place, describe_training, resume_config
+    from flsep.trainer.loop import fit as train
+    from flsep.trainer.recipes import RECIPES
+    from flsep.trainer.runs import Run, describe_environment
+    from flsep.trainer.training import Training
+
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    chosen = _choose_device(device)
+    folder = Run(run)
+    checkpoint = load_checkpoint(folder.last) if resume and folder.last.exists() else None
+    recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT
+    if checkpoint is None or recipe_given:
+        config = _apply_options(RECIPES[recipe](), options)
+    else:
+        config = _apply_options(checkpoint.config, options)
+    if checkpoint is not None:
+        config = resume_config(checkpoint.config, config, run)
+    training = Training(
+        config, Shards(shards, verify=verify), device=chosen, num_workers=_count_threads(workers)
+    )
+    if checkpoint is None:
+        folder.prepare(overwrite=overwrite)
+    else:
+        folder.require_writable()
+        training.restore(checkpoint, str(folder.last))
+    folder.write_description(
+        {**config.to_json(), "shards": str(shards.resolve()), "fingerprint": training.fingerprint},
+        describe_environment(str(chosen), config.fit.seed),
+    )
+    for line in describe_training(training):
+        click.echo(line)
+    click.echo(f"results    {run}: best.safetensors, last.safetensors, metrics.jsonl, events.*")
+    if resume:
+        place = "the start: there is no last.safetensors yet"
+        click.echo(f"resumes    at {place if checkpoint is None else describe_place(training)}")
+    try:
+        train(training, folder, report=click.echo)
+    except Stopped as stopped:
+        click.echo(
+            f"Stopped by {stopped.number.name}, saved in {stopped.place}; go on with: "
+            f"flsep-train fit {shlex.quote(str(shards))} --run {shlex.quote(str(run))} --resume",
+            err=True,
+        )
+        ctx.exit(128 + stopped.number)
+    position = training.position
+    click.echo(
+        f"best validation loss {position.best_loss:.4f} in epoch {position.best_epoch + 1}: "
+        f"{folder.best}"
+    )
+
+
+def _apply_options(config: "TrainConfig", options: dict[str, Any]) -> "TrainConfig":
+    """Apply the named options, then ``--set``."""
+    from flsep.trainer.config import apply_settings
+
+    fields = {
+        "approach": "approach.name",
+        "mixing": "data.mixing",
+        "teacher_signal": "approach.teacher_signal",
+        "weight": "approach.weight",
+        "temperature": "approach.temperature",
+        "seed": "fit.seed",
+    }
+    named = [
+        f"{field}={options[option]}"
+        for option, field in fields.items()
+        if options[option] is not None
+    ]
+    return apply_settings(config, [*named, *options["settings"]])
+
+
+def _count_threads(workers: int | None) -> int:
+    return min(8, len(os.sched_getaffinity(0))) if workers is None else workers
+
+
+def _choose_device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise click.UsageError(f"--device {name} cannot be used here ({reason})") from error
+    return device
+
+
+@main.command()
+@click.argument("run", type=_ANY)
+@click.argument("audio", type=_ANY)
+@click.argument("out", type=_FOLDER)
+@click.option(
+    "--targets",
+    metavar="NAME,...",
+    help="Write these sources only, by name, e.g. vocals,drums. [default: all]",
+)
+@click.option("--wiener", is_flag=True, help="Refine by one EM iteration (needs norbert).")
+@click.option(
+    "--chunk",
+    "chunk_seconds",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds separated at a time; bounds the memory.",
+)
+@click.option(
+    "--teacher",
+    type=str,
+    help="Where the teacher is, for a run trained with concat. [default: as precomputed]",
+)
+@_device_option
+def separate(
+    run: Path,
+    audio: Path,
+    out: Path,
+    targets: str | None,
+    wiener: bool,
+    chunk_seconds: float,
+    teacher: str | None,
+    device: str,
+) -> None:
+    """Separate AUDIO, a file or a folder of files, into OUT/<name>/<source>.wav.
+
+    \b
+    flsep-train separate runs/none song.mp3 separated
+    flsep-train separate runs/none/last.safetensors album/ separated --targets vocals
+
+    RUN is a run folder (its best.safetensors is used) or a checkpoint. Anything that FFmpeg reads
+    will do; other rates are resampled to the model's, mono is duplicated to its channels. The wav
+    files have the model's rate and 32-bit floats, so that nothing clips. A file that fails is
+    named, the others go on, and the exit status is 1.
+    """
+    from flsep.trainer.conditioning import load_embedder
+    from flsep.trainer.inference import TrackSeparator, choose_targets, list_audio, separate_file
+
+    files = list_audio(audio)
+    separator = TrackSeparator(
+        _find_checkpoint(run),
+        device=_choose_device(device),
+        wiener=wiener,
+        chunk_seconds=chunk_seconds,
+    )
+    chosen = choose_targets(separator.sources, targets)
+    embed = load_embedder(separator, teacher)
+    failed = 0
+    for path in files:
+        folder = out / path.stem
+        try:
+            embeddings = None if embed is None else embed(path)
+            seconds = separate_file(separator, path, folder, targets=chosen, embeddings=embeddings)
+        except ValueError as error:
+            if len(files) == 1:
+                raise
+            failed += 1
+            click.echo(f"Error: {error}", err=True)
+        else:
+            rate = separator.layout.sample_rate_hz
+            names = ", ".join(f"{name}.wav" for name in chosen)
+            click.echo(f"{folder}: {names} ({seconds:.1f} s at {rate} Hz)")
+    if failed:
+        raise ValueError(f"{failed} of {len(files)} files could not be separated, see above")
+
+
+def _find_checkpoint(run: Path) -> Path:
+    return run / "best.safetensors" if run.is_dir() else run
+
+
+@main.command()
+@click.argument("runs", nargs=-1, type=_FOLDER)
+@click.argument("shards", type=_FOLDER)
+@click.option("--floor", type=_FOLDER, help="Score the mixture as every estimate, into a folder.")
+@click.option("--oracle", type=_FOLDER, help="Score the ideal ratio mask, into a folder.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="test",
+    show_default=True,
+    help="Tracks to score; their audio must be in the shards (--audio-splits of precompute).",
+)
+@click.option("--wiener", is_flag=True, help="Refine the runs' estimates (needs norbert).")
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 1024),
+    help="Processes, each scoring a track on one core. [default: as cores and memory allow]",
+)
+@_verify_option
+def evaluate(
+    runs: tuple[Path, ...],
+    shards: Path,
+    floor: Path | None,
+    oracle: Path | None,
+    split: str,
+    wiener: bool,
+    workers: int | None,
+    verify: bool,
+) -> None:
+    """Score runs on the test split with museval (BSS Eval v4, frames of 1 s).
+
+    \b
+    flsep-train evaluate runs/none runs/concat SHARDS
+    flsep-train evaluate SHARDS --floor runs/floor --oracle runs/oracle
+
+    Each run's best.safetensors separates the tracks' audio from the shards; concat takes the
+    mixture's embeddings from there, so that no teacher is needed. Scores go to RUN/evaluation,
+    one JSON file a track in museval's format; those that hold already are kept. museval takes
+    about a second of one core for each second of four sources. A track that fails is named, the
+    others go on, and the exit status is 1. Show the scores with flsep-train compare.
+    """
+    from flsep.cache import Shards
+    from flsep.trainer.evaluate import Estimator, describe_run, evaluate
+    from flsep.trainer.runs import Run
+
+    if not (runs or floor or oracle):
+        raise click.UsageError("nothing to score: give RUN... SHARDS, --floor or --oracle")
+    opened = Shards(shards, verify=verify)
+    tasks: list[tuple[str, Estimator, Path, dict[str, Any]]] = []
+    for run in runs:
+        best = Run(run).best
+        description = describe_run(best, opened.layout)
+        tasks.append((str(run), Estimator("run", best, wiener), Run(run).evaluation, description))
+    if floor:
+        tasks.append((str(floor), Estimator("floor"), floor, {}))
+    if oracle:
+        tasks.append((str(oracle), Estimator("oracle"), oracle, {}))
+    failed = 0
+    for label, estimator, folder, description in tasks:
+        click.echo(f"scoring {label}")
+        done, failures = evaluate(
+            estimator,
+            opened,
+            folder,
+            split=split,
+            num_workers=workers,
+            progress=sys.stderr.isatty(),
+            description=description,
+        )
+        for failure in failures:
+            click.echo(f"Error: {label}: {failure.track}: {failure.reason}", err=True)
+        click.echo(f"  {len(done)} tracks in {folder / 'scores'}")
+        failed += len(failures)
+    if failed:
+        raise ValueError(f"{failed} tracks could not be scored, see above")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
+@click.option("--floor", required=True, type=_FOLDER, help="Folder of evaluate --floor.")
+@click.option("--oracle", type=_FOLDER, help="Folder of evaluate --oracle.")
+@click.option("--out", type=_FOLDER, help="Save comparison.{txt,md,csv,json} into this folder.")
+def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path | None) -> None:
+    """Print the scores of evaluated runs side by side: SDR, SIR, ISR, SAR in dB.
+
+    \b
+    flsep-train compare runs/none runs/concat --floor runs/floor --out comparison
+    flsep-train compare runs/w1 'weight 0.1=runs/w01' --floor runs/floor --oracle runs/oracle
+
+    Runs that differ in their seed alone make one row, with the spread over the seeds. A row has
+    the approach's name, or the NAME before the =. Counted are the frames that all rows scored.
+    """
+    from flsep.trainer.evaluate import compare_evaluations, read_evaluation
+
+    members = []
+    for argument in runs:
+        name, equals, folder = argument.rpartition("=")
+        if not equals or Path(argument).exists():
+            name, folder = "", argument
+        members.append(read_evaluation(Path(folder), kind="run", name=name or None))
+    comparison = compare_evaluations(
+        members,
+        floor=read_evaluation(floor, kind="floor"),
+        oracle=read_evaluation(oracle, kind="oracle") if oracle else None,
+    )
+    click.echo(comparison.to_text(), nl=False)
+    if out is not None:
+        comparison.save(out)
+        click.echo(f"saved in {out}: comparison.txt, .md, .csv, .json")

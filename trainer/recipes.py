@@ -1,0 +1,29 @@
+"""Named complete experiments."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from flsep.trainer.config import DataConfig, FitConfig, OptimConfig, SeparatorConfig, TrainConfig
+
+
+def xumx() -> TrainConfig:
+    """Return the public recipe of X-UMX for MUSDB18: what the defaults are.
+
+    Its mixing is the original one, so that the four approaches can be compared as they come; the
+    public recipe mixes at random (``--mixing random``), for which a mixture has no embedding.
+    """
+    return TrainConfig()
+
+
+def demo() -> TrainConfig:
+    """Return a training of about a minute on two CPU cores, for a corpus of a few short tracks."""
+    return replace(
+        xumx(),
+        separator=SeparatorConfig(hidden_size=64, num_layers=2, dropout=0.1),
+        data=DataConfig(excerpt_seconds=6.0, excerpts_per_track=2, batch_size=3),
+        optim=OptimConfig(learning_rate=3e-3, plateau_patience=6, plateau_cooldown=2),
+        fit=FitConfig(epochs=30, patience=30),
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"xumx": xumx, "demo": demo}
