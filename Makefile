@@ -43,8 +43,10 @@ test: setup
 bench: setup
 	FLSEP_BENCH=1 $(BIN)/python -m pytest -q tests/benchmarks
 
-demo: setup
+$(DEMO)/teacher/saved_model.pb: | setup
 	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher
+
+demo: setup $(DEMO)/teacher/saved_model.pb
 	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 12 --seconds 20 --seed $(SEED)
 	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher \
 	  --shard-size 128M

@@ -460,9 +460,16 @@ def export_group() -> None:
 @click.argument("out", type=_FOLDER)
 def export_vggish_command(checkpoint: Path, out: Path) -> None:
     """Build the TF-Hub module google/vggish/1 in OUT from Google's checkpoint."""
-    from flsep.pipeline.export import export_vggish
+    from flsep.pipeline.export import check_vggish, export_vggish
 
     _describe_teacher(export_vggish(checkpoint, out), out)
+    check = check_vggish(out)
+    click.echo(
+        f"a 3 s sine of 1 kHz gives embeddings of mean {check.mean:.4f}, standard deviation "
+        f"{check.standard_deviation:.3f}"
+    )
+    if not check.is_released:
+        click.echo("warning: these are not the weights that Google released", err=True)
 
 
 @export_group.command("musicnn")

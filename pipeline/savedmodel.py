@@ -54,11 +54,11 @@ def import_tensorflow() -> Any:
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     with _start_up_noise_dropped() if quiet else contextlib.nullcontext():
-        import tensorflow as tf  # type: ignore[import-untyped]
+        import tensorflow as tf
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pkg_resources, which it imports
-            import tensorflow_hub  # type: ignore[import-untyped]  # noqa: F401
+            import tensorflow_hub  # noqa: F401
     return tf
 
 
@@ -252,7 +252,7 @@ def _unreachable(handle: str, reason: str) -> TeacherError:
 def _download(handle: str) -> str:
     """Download an address into TensorFlow Hub's cache, unless it is there."""
     import tensorflow_hub
-    from tensorflow_hub.compressed_module_resolver import (  # type: ignore[import-untyped]
+    from tensorflow_hub.compressed_module_resolver import (
         HttpCompressedFileResolver,
     )
 

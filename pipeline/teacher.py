@@ -122,7 +122,7 @@ class Teacher:
         folder = resolve(handle)
         tf = import_tensorflow()
         _configure(tf, num_threads)
-        import tensorflow_hub  # type: ignore[import-untyped]
+        import tensorflow_hub
 
         try:
             model = tensorflow_hub.load(str(folder))
