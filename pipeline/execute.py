@@ -108,7 +108,7 @@ def remote_client(address: str) -> Iterator["Client"]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=30)
+        client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
         raise ValueError(
             f"--scheduler {address}: no Dask scheduler answers ({error}); start one with "

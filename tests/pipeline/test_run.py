@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 
 from flsep.cache import Shards, verify_shards
 from flsep.pipeline.cli import cli
-from flsep.pipeline.execute import run_inline
+from flsep.pipeline.execute import local_client, run_inline
 from flsep.pipeline.features import resample
 from flsep.pipeline.teacher import Teacher
 
@@ -294,6 +294,41 @@ def test_interrupted_runs_go_on(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
+def test_a_killed_worker_costs_its_task_only(
+    corpus: Path, tmp_path: Path, tiny_teacher: Path, run: Callable[..., Result]
+) -> None:
+    for number in range(4):
+        write_track(corpus / "train" / f"more {number}", 20 + number, seconds=20)
+    shards = tmp_path / "s"
+    process = subprocess.Popen(
+        command(corpus, shards, tiny_teacher, "--workers", "1", "--shard-size", "1M"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(shards.glob(".*.h5.*.part")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    part, *_ = shards.glob(".*.h5.*.part")
+    os.kill(int(part.name.split(".h5.")[1].split("-")[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert run(corpus, tmp_path / "undisturbed", "--shard-size", "1M").exit_code == 0
+    assert contents(tmp_path / "undisturbed").items() <= contents(shards).items()
+
+
+def test_a_running_scheduler_is_used(
+    corpus: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    with local_client(1) as client:
+        address = client.scheduler.address
+        result = run(corpus, tmp_path / "s", "--scheduler", address)
+    assert result.exit_code == 0, result.output
+    assert f"1 at {address}" in result.output
+    result = run(corpus, tmp_path / "t", "--scheduler", "tcp://127.0.0.1:1")
+    assert "no Dask scheduler answers" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -303,7 +338,6 @@ def test_interrupted_runs_go_on(
         (["verify", "."], "no index"),
         (["inspect", "."], "no index"),
         (["inspect", "nothing"], "no such shard"),
-        (["run", ".", "out", "--scheduler", "tcp://127.0.0.1:1"], "empty folder"),
     ],
 )
 def test_nonsense_is_one_line(
