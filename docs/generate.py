@@ -1,0 +1,186 @@
+"""Write docs/reference/cli.md and docs/reference/config.md from the code."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from flsep.pipeline.cli import cli as precompute
+from flsep.pipeline.config import FeatureConfig
+from flsep.trainer.cli import main as train
+from flsep.trainer.config import TrainConfig
+from flsep.trainer.recipes import RECIPES
+
+FOLDER = Path(__file__).parent / "reference"
+PROGRAMS: dict[str, click.Command] = {"flsep-precompute": precompute, "flsep-train": train}
+OPTIONS = {
+    "sample_rate_hz": "--sample-rate",
+    "num_channels": "--channels",
+    "n_fft": "--n-fft",
+    "hop_samples": "--hop",
+    "stft_dtype": "--stft-dtype",
+    "audio_splits": "--audio-splits",
+    "valid_fraction": "--valid-fraction",
+    "test_fraction": "--test-fraction",
+    "seed": "--seed",
+}
+_WIDTH = 100
+
+_CLI_HEAD = """\
+# Command line
+
+This page is generated from `--help`; do not edit it. `make docs` writes it again.
+
+What all commands have in common:
+
+* Results and progress go to standard output, what went wrong goes to standard error. A progress bar
+  goes to standard error.
+* An expected failure is one line. A traceback is a bug: please report it.
+
+| exit status | meaning |
+|---|---|
+| 0 | all is done |
+| 1 | an expected failure; or some tracks or files failed, are named, and the others are done |
+| 2 | wrong usage: an unknown option, a value that it cannot have |
+| 130 | stopped by Ctrl-C (SIGINT) |
+| 138, 143 | `flsep-train fit` was stopped by SIGUSR1 or SIGTERM and has saved its state |
+"""
+
+_CONFIG_HEAD = """\
+# Configuration
+
+This page is generated from the code; do not edit it. `make docs` writes it again.
+
+## Training
+
+`flsep-train fit` starts from a recipe, applies its named options and then `--set
+section.field=value`, which may be repeated and beats the options. Values are checked against the
+types below; an unknown section or field is refused, and the message names the nearest. The resolved
+configuration is stored in `config.json` of the run folder and in every checkpoint.
+
+| option of `fit` | is the same as `--set` of |
+|---|---|
+| `--approach` | `approach.name` |
+| `--mixing` | `data.mixing` |
+| `--teacher-signal` | `approach.teacher_signal` |
+| `--weight` | `approach.weight` |
+| `--temperature` | `approach.temperature` |
+| `--seed` | `fit.seed` |
+"""
+
+_FEATURES_HEAD = """\
+## Precomputation
+
+The settings of `flsep-precompute plan` and `run`. Together with the sources (`--sources`) and the
+teacher's content they make the fingerprint of the shards: a folder takes shards of one fingerprint
+only. What is not listed here does not change what the shards hold: `--shard-size`, `--workers`,
+`--scheduler`, and the place that the teacher was loaded from.
+"""
+
+
+def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """Yield a command and its subcommands with their full names."""
+    yield name, command
+    if isinstance(command, click.Group):
+        for child in command.commands:
+            yield from walk(f"{name} {child}", command.commands[child])
+
+
+def render_cli() -> str:
+    """Return cli.md: the help of every command."""
+    parts = [_CLI_HEAD]
+    for program, root in PROGRAMS.items():
+        for name, command in walk(program, root):
+            heading = "##" if command is root else "###"
+            parts.append(f"{heading} {name}\n\n```text\n{_help(name, root, command)}\n```\n")
+    return "\n".join(parts)
+
+
+def _help(name: str, root: click.Command, command: click.Command) -> str:
+    # The group's settings count for its commands too; the width must not depend on the terminal.
+    context = click.Context(
+        command,
+        info_name=name,
+        terminal_width=_WIDTH,
+        help_option_names=root.context_settings["help_option_names"],
+    )
+    return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+
+
+def render_config() -> str:
+    """Return config.md: every field of the configurations."""
+    recipes = {name: recipe() for name, recipe in RECIPES.items()}
+    parts = [_CONFIG_HEAD]
+    for section in fields(TrainConfig):
+        kind: Any = section.type
+        hints, meanings = get_type_hints(kind), read_attributes(kind)
+        rows = [["field", "type", *recipes, "meaning"]]
+        for field in fields(kind):
+            defaults = [
+                _show(getattr(getattr(recipe, section.name), field.name))
+                for recipe in recipes.values()
+            ]
+            key = f"`{section.name}.{field.name}`"
+            rows.append([key, _describe(hints[field.name]), *defaults, meanings[field.name]])
+        parts.append(f"### {section.name}\n\n{_first_line(kind)}\n\n{_table(rows)}")
+    hints, meanings = get_type_hints(FeatureConfig), read_attributes(FeatureConfig)
+    rows = [["field", "option", "type", "default", "meaning"]]
+    for field in fields(FeatureConfig):
+        kind, default = _describe(hints[field.name]), _show(field.default)
+        name, option = f"`{field.name}`", f"`{OPTIONS[field.name]}`"
+        rows.append([name, option, kind, default, meanings[field.name]])
+    parts.append(f"{_FEATURES_HEAD}\n{_table(rows)}")
+    return "\n".join(parts)
+
+
+def read_attributes(kind: type) -> dict[str, str]:
+    """Return the meaning of each attribute, from the section Attributes of a class's docstring."""
+    text = inspect.getdoc(kind) or ""
+    _, _, listing = text.partition("Attributes\n----------\n")
+    meanings: dict[str, str] = {}
+    for names, body in re.findall(r"^(\w[\w, ]*) : .*\n((?:[ ]{4}.*\n?)+)", listing, re.MULTILINE):
+        meaning = " ".join(body.split()).replace("``", "`")
+        meanings |= {name.strip(): meaning for name in names.split(",")}
+    return meanings
+
+
+def _first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "names, separated by commas"
+    if type(None) in get_args(kind):
+        return "{}, optional".format(*(part.__name__ for part in get_args(kind)))
+    return str(kind.__name__)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def render() -> dict[str, str]:
+    """Return the generated pages by their file name."""
+    return {"cli.md": render_cli(), "config.md": render_config()}
+
+
+if __name__ == "__main__":
+    for name, text in render().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+        print(FOLDER / name)
