@@ -188,6 +188,7 @@ def fit(
     from flsep.trainer.checkpoint import load_checkpoint
     from flsep.trainer.loop import Stopped, describe_place, describe_training, resume_config
     from flsep.trainer.loop import fit as train
+    from flsep.trainer.memory import keep_freed_memory
     from flsep.trainer.recipes import RECIPES
     from flsep.trainer.runs import Run, describe_environment
     from flsep.trainer.training import Training
@@ -195,6 +196,8 @@ def fit(
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     chosen = _choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     folder = Run(run)
     checkpoint = load_checkpoint(folder.last) if resume and folder.last.exists() else None
     recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT

@@ -21,8 +21,8 @@ def demo() -> TrainConfig:
         xumx(),
         separator=SeparatorConfig(hidden_size=64, num_layers=2, dropout=0.1),
         data=DataConfig(excerpt_seconds=6.0, excerpts_per_track=2, batch_size=3),
-        optim=OptimConfig(learning_rate=3e-3, plateau_patience=6, plateau_cooldown=2),
-        fit=FitConfig(epochs=30, patience=30),
+        optim=OptimConfig(learning_rate=3e-3, plateau_patience=3, plateau_cooldown=1),
+        fit=FitConfig(epochs=12, patience=12),
     )
 
 
