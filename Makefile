@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 APPROACHES := none concat contrastive distance
 RUNS := $(APPROACHES:%=$(DEMO)/runs/%)
 
-.PHONY: help setup test lint typecheck bench demo clean
+.PHONY: help setup test lint typecheck bench docs demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,11 +43,15 @@ test: setup
 bench: setup
 	FLSEP_BENCH=1 $(BIN)/python -m pytest -q tests/benchmarks
 
+# make docs   renews docs/reference/cli.md and config.md from the code
+docs: setup
+	$(BIN)/python docs/generate.py
+
 $(DEMO)/teacher/saved_model.pb: | setup
 	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher
 
 demo: setup $(DEMO)/teacher/saved_model.pb
-	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 12 --seconds 20 --seed $(SEED)
+	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 12 --seconds 16 --seed $(SEED)
 	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher \
 	  --shard-size 128M
 	@set -ex; for approach in $(APPROACHES); do \

@@ -22,7 +22,7 @@ def demo() -> TrainConfig:
         separator=SeparatorConfig(hidden_size=64, num_layers=2, dropout=0.1),
         data=DataConfig(excerpt_seconds=6.0, excerpts_per_track=2, batch_size=3),
         optim=OptimConfig(learning_rate=3e-3, plateau_patience=3, plateau_cooldown=1),
-        fit=FitConfig(epochs=12, patience=12),
+        fit=FitConfig(epochs=7, patience=7),
     )
 
 
