@@ -102,6 +102,10 @@ class Layout:
         """Return the layout as plain JSON values."""
         return {**asdict(self), "sources": list(self.sources)}
 
+    def identity(self) -> dict[str, Any]:
+        """Return what makes data comparable: all but the address that the teacher came from."""
+        return {name: value for name, value in self.to_json().items() if name != "teacher"}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Layout":
         """Rebuild a layout; raises ValueError when fields are missing or of another kind."""

@@ -209,6 +209,9 @@ def read_index(folder: Path) -> Index:
             )
         if content.pop("sha256") != fingerprint(content):
             raise DamagedDataError(f"{path}: altered, its digest does not hold; {remedy}")
+        for name in content["shards"]:
+            if Path(name).name != name:
+                raise DamagedDataError(f"{path}: names {name!r}, no file of its folder; {remedy}")
         statistics = content["statistics"]
         return Index(
             layout=Layout.from_json(content["layout"]),

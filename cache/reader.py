@@ -114,6 +114,8 @@ class ShardFile:
         self.fingerprint = str(attributes["fingerprint"])
         if fingerprint(self.config) != self.fingerprint:
             raise self._damaged("its configuration does not have the fingerprint it states")
+        if self.config["layout"] != self.layout.identity():
+            raise self._damaged("its layout is not that of its configuration")
         self.num_bytes = self.path.stat().st_size
         names = [group_name(number) for number in range(len(file))]
         if sorted(file) != names:

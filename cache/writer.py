@@ -187,7 +187,8 @@ class ShardWriter:
     tracks : sequence of TrackPlan
         What it will hold.
     config : dict
-        The resolved configuration, JSON values; its fingerprint ties shards together.
+        The resolved configuration, JSON values; with the layout's identity in its field
+        ``layout``, its fingerprint ties shards together.
     packages : dict
         Versions of the packages that made the data.
 
@@ -211,6 +212,7 @@ class ShardWriter:
         config: dict[str, Any],
         packages: dict[str, str],
     ) -> None:
+        config = {**config, "layout": layout.identity()}
         self.path = path
         self.tracks: list[TrackWriter] = []
         self._layout = layout

@@ -84,9 +84,7 @@ class ShardSettings:
 
         The teacher counts by its content, not by the address it came from.
         """
-        layout = self.layout.to_json()
-        del layout["teacher"]
-        return {**self.config.to_json(), "layout": layout}
+        return {**self.config.to_json(), "layout": self.layout.identity()}
 
 
 @dataclass(slots=True)

@@ -169,7 +169,7 @@ def _make_plan(corpus: Path, options: dict[str, Any]) -> tuple["Corpus", Feature
         seed=options["seed"],
     )
     found = find_corpus(
-        corpus,
+        corpus.absolute(),  # workers elsewhere have other working directories
         sources=options["sources"],
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,
@@ -260,14 +260,15 @@ def run_command(
     _describe_plan(found, config, plan)
     if not scheduler:
         _require_memory(plan, workers)
-    folder = resolve(teacher)
+    folder = resolve(teacher).absolute()
+    handle = str(folder) if Path(teacher).is_dir() else teacher
     cores = len(os.sched_getaffinity(0))
     settings = ShardSettings(
         folder=shards.absolute(),
         config=config,
         sources=found.sources,
-        teacher=Teacher.load(teacher, num_threads=cores).info,
-        teacher_folder=folder.absolute(),
+        teacher=Teacher.load(handle, num_threads=cores).info,
+        teacher_folder=folder,
         num_threads=max(1, cores // max(workers, 1)),
     )
     with contextlib.ExitStack() as stack:
@@ -287,8 +288,10 @@ def run_command(
 
 
 def _describe_client(client: Any) -> str:
-    workers = len(client.scheduler_info(n_workers=-1)["workers"])
-    return f"{workers} at {client.scheduler.address}, dashboard {client.dashboard_link}"
+    information = client.scheduler_info(n_workers=-1)
+    place = f"{len(information['workers'])} at {client.scheduler.address}"
+    has_dashboard = "dashboard" in information["services"]
+    return f"{place}, dashboard {client.dashboard_link}" if has_dashboard else place
 
 
 def _require_memory(plan: "Plan", workers: int) -> None:
@@ -300,8 +303,8 @@ def _require_memory(plan: "Plan", workers: int) -> None:
     available = int(fields["MemAvailable"].split()[0]) << 10
     if needed > available:
         raise ValueError(
-            f"{workers} workers need about {_show_bytes(needed)}, {_show_bytes(available)} are "
-            "free; use fewer --workers, or split the longest tracks"
+            f"{max(workers, 1)} worker(s) need about {_show_bytes(needed)} of memory, "
+            f"{_show_bytes(available)} are free; use fewer --workers, or split the longest tracks"
         )
 
 

@@ -14,7 +14,8 @@ class FeatureConfig:
     Attributes
     ----------
     sample_rate_hz, num_channels : int
-        Every signal is brought to these.
+        Other rates are resampled, mono is copied to all channels; a file with yet another number
+        of channels is rejected.
     n_fft, hop_samples : int
         Of the STFT.
     stft_dtype : {"float16", "float32"}

@@ -167,7 +167,7 @@ def _claim(folder: Path, settings: ShardSettings) -> None:
             f"{path}: not readable ({error}); delete the folder and run again"
         ) from error
     if stored != config:
-        changes = "; ".join(_list_changes(stored, config))
+        changes = "; ".join(dict.fromkeys(_list_changes(stored, config)))
         raise MismatchError(
             f"{folder}: holds shards of another configuration ({changes}); "
             "give each configuration its own folder"

@@ -2,10 +2,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from flsep.pipeline.savedmodel import import_tensorflow
 
 
 def _package_folder(name: str) -> Path:
@@ -39,3 +42,40 @@ def _ffmpeg_folder() -> Iterator[Path]:
 def ffmpeg_on_path(_ffmpeg_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the programs that stempeg, musdb and museval need to be imported on PATH."""
     monkeypatch.setenv("PATH", str(_ffmpeg_folder), prepend=os.pathsep)
+
+
+def save_function(out: Path, function: Callable, *specs) -> Path:
+    """Save a function of one waveform as a SavedModel."""
+    tf = import_tensorflow()
+    module = tf.Module()
+    signature = list(specs) or [tf.TensorSpec([None], tf.float32)]
+    module.__call__ = tf.function(function, input_signature=signature)
+    tf.saved_model.save(module, str(out))
+    return out
+
+
+def build_tiny_teacher(out: Path, dim: int = 8, window: int = 1600, hop: int = 1600) -> Path:
+    """Save a teacher of one random layer: tanh(window @ weights)."""
+    tf = import_tensorflow()
+    weights = np.random.default_rng(0).standard_normal((window, dim), dtype=np.float32)
+
+    def embed(waveform):
+        return tf.tanh(tf.matmul(tf.signal.frame(waveform, window, hop), weights))
+
+    return save_function(out, embed)
+
+
+@pytest.fixture(scope="session", name="save_function")
+def _save_function() -> Callable:
+    return save_function
+
+
+@pytest.fixture(scope="session", name="build_tiny_teacher")
+def _build_tiny_teacher() -> Callable[..., Path]:
+    return build_tiny_teacher
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that loads at once: dim 8, window and hop of 0.1 s; its embeddings follow audio."""
+    return build_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")

@@ -211,7 +211,8 @@ def fit(
         config, Shards(shards, verify=verify), device=chosen, num_workers=_count_threads(workers)
     )
     if checkpoint is None:
-        folder.prepare(overwrite=overwrite)
+        # A run that was killed before its first checkpoint has nothing to lose: start again.
+        folder.prepare(overwrite=overwrite or (resume and folder.is_unfinished))
     else:
         folder.require_writable()
         training.restore(checkpoint, str(folder.last))

@@ -67,6 +67,12 @@ class Run:
             raise self._unusable(error) from error
         self.require_writable()
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run began here and was killed before it saved anything."""
+        began = (self.folder / "config.json").exists()
+        return began and not (self.best.exists() or self.last.exists())
+
     def require_writable(self) -> None:
         """Raise RunError unless files can be made in the folder."""
         probe = self.folder / f".{os.getpid()}.part"

@@ -23,6 +23,7 @@ from flsep.cache import (
     verify_shards,
     write_index,
 )
+from flsep.cache.format import fingerprint
 
 Content = dict[str, dict[str, Any]]
 
@@ -188,6 +189,11 @@ def link(file: h5py.File, target: Any) -> None:
     file["track-00000/activity"] = target
 
 
+def swap_sources(file: h5py.File) -> None:
+    layout = json.loads(file.attrs["layout"])
+    file.attrs["layout"] = json.dumps({**layout, "sources": layout["sources"][::-1]})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -195,6 +201,7 @@ def link(file: h5py.File, target: Any) -> None:
         (lambda f: f.attrs.update(format="x"), DamagedDataError, "not of the format flsep-shard"),
         (lambda f: f.attrs.update(config="{}"), DamagedDataError, "does not have the fingerprint"),
         (lambda f: f.attrs.update(layout="[]"), DamagedDataError, "not readable as a shard"),
+        (swap_sources, DamagedDataError, "layout is not that of its configuration"),
         (lambda f: link(f, h5py.SoftLink("/track-00000/stft")), DamagedDataError, "external link"),
         (lambda f: link(f, h5py.ExternalLink("0.h5", "/x")), DamagedDataError, "external link"),
         (lambda f: replace(f, chunks=(1, 1)), DamagedDataError, "not stored contiguously"),
@@ -300,6 +307,16 @@ def test_altered_index_is_refused(
         Shards(shards[0])
     path.write_text("{")
     with pytest.raises(DamagedDataError, match="not readable as an index"):
+        Shards(shards[0])
+
+
+def test_index_that_names_a_file_elsewhere_is_refused(shards: tuple[Path, Content]) -> None:
+    path = shards[0] / "index.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["shards"] = {f"../{name}": size for name, size in content["shards"].items()}
+    path.write_text(json.dumps({**content, "sha256": fingerprint(content)}))
+    with pytest.raises(DamagedDataError, match=r"names '\.\./0.h5', no file of its folder"):
         Shards(shards[0])
 
 

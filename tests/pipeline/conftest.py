@@ -1,6 +1,6 @@
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,43 +9,6 @@ import pytest
 from flsep.pipeline import export, vggish
 from flsep.pipeline.savedmodel import TeacherError, import_tensorflow
 from flsep.pipeline.teacher import Teacher
-
-
-def save_function(out: Path, function: Callable, *specs) -> Path:
-    """Save a function of one waveform as a SavedModel."""
-    tf = import_tensorflow()
-    module = tf.Module()
-    signature = list(specs) or [tf.TensorSpec([None], tf.float32)]
-    module.__call__ = tf.function(function, input_signature=signature)
-    tf.saved_model.save(module, str(out))
-    return out
-
-
-def build_tiny_teacher(out: Path, dim: int = 8, window: int = 1600, hop: int = 1600) -> Path:
-    """Save a teacher of one random layer: tanh(window @ weights)."""
-    tf = import_tensorflow()
-    weights = np.random.default_rng(0).standard_normal((window, dim), dtype=np.float32)
-
-    def embed(waveform):
-        return tf.tanh(tf.matmul(tf.signal.frame(waveform, window, hop), weights))
-
-    return save_function(out, embed)
-
-
-@pytest.fixture(scope="session", name="save_function")
-def _save_function() -> Callable:
-    return save_function
-
-
-@pytest.fixture(scope="session", name="build_tiny_teacher")
-def _build_tiny_teacher() -> Callable[..., Path]:
-    return build_tiny_teacher
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that loads at once: dim 8, window and hop of 0.1 s; its embeddings follow audio."""
-    return build_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
 @pytest.fixture(scope="session")

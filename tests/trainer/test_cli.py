@@ -258,6 +258,22 @@ def test_a_second_ctrl_c_does_not_wait(
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
 
+def test_resume_starts_a_run_again_that_was_killed_before_it_saved(
+    command: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    refused = command("fit SHARDS --run TMP/run TINY")
+    assert_one_line(refused, "is not empty: add --resume")
+    result = command("fit SHARDS --run TMP/run TINY --resume")
+    assert result.exit_code == 0, result.output
+    assert "resumes    at the start" in result.output
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    assert_one_line(command("fit SHARDS --run TMP/notes TINY --resume"), "is not empty")
+
+
 def test_resume_starts_what_is_not_there(command: Run, tmp_path: Path) -> None:
     result = command("fit SHARDS --run TMP/run TINY --resume")
     assert result.exit_code == 0, result.output
