@@ -51,7 +51,7 @@ $(DEMO)/teacher/saved_model.pb: | setup
 	$(BIN)/flsep-precompute teacher export musicnn $(DEMO)/teacher
 
 demo: setup $(DEMO)/teacher/saved_model.pb
-	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 12 --seconds 16 --seed $(SEED)
+	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 10 --seconds 16 --seed $(SEED)
 	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher \
 	  --shard-size 128M
 	@set -ex; for approach in $(APPROACHES); do \

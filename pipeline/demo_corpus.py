@@ -42,10 +42,11 @@ def render_corpus(
 ) -> None:
     """Render ``out/{train,valid,test}/<track>/{mixture,drums,bass,other,vocals}.wav``.
 
-    The files are 16-bit stereo at 44.1 kHz, and each mixture is the exact sum of its stems. About
-    60 % of the tracks are for training, 20 % for validation and for testing each. The same
-    arguments give the same bytes; track number i depends on ``seed``, ``seconds`` and i only. The
-    corpus is rendered beside ``out`` and renamed, so that half a corpus never has that name.
+    The files are 16-bit stereo at 44.1 kHz, and each mixture is the exact sum of its stems. One
+    track in eight, at least one, is for validation, as many for testing, the others for training.
+    The same arguments give the same bytes; track number i depends on ``seed``, ``seconds`` and i
+    only. The corpus is rendered beside ``out`` and renamed, so that half a corpus never has that
+    name.
 
     Parameters
     ----------
@@ -119,8 +120,8 @@ def render_corpus(
 
 
 def split_names(num_tracks: int) -> list[str]:
-    """Return the split of each track: about 60 % train, 20 % valid, 20 % test, none empty."""
-    num_held_out = max(1, round(0.2 * num_tracks))
+    """Return the split of each track: three in four train, the others valid and test."""
+    num_held_out = max(1, num_tracks // 8)
     num_train = num_tracks - 2 * num_held_out
     return ["train"] * num_train + ["valid"] * num_held_out + ["test"] * num_held_out
 

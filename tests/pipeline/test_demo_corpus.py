@@ -169,7 +169,7 @@ def test_vocals_are_silent_in_the_intro(tracks, corpus):
 
 @pytest.mark.parametrize(
     ("num_tracks", "train", "valid", "test"),
-    [(3, 1, 1, 1), (4, 2, 1, 1), (5, 3, 1, 1), (10, 6, 2, 2), (14, 8, 3, 3), (100, 60, 20, 20)],
+    [(3, 1, 1, 1), (4, 2, 1, 1), (5, 3, 1, 1), (10, 8, 1, 1), (16, 12, 2, 2), (100, 76, 12, 12)],
 )
 def test_splits(num_tracks, train, valid, test):
     names = split_names(num_tracks)
