@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from flsep.trainer.config import DataConfig, FitConfig, OptimConfig, SeparatorConfig, TrainConfig
+from flsep.trainer.config import (
+    ApproachConfig,
+    DataConfig,
+    FitConfig,
+    OptimConfig,
+    SeparatorConfig,
+    TrainConfig,
+)
 
 
 def xumx() -> TrainConfig:
@@ -20,6 +27,7 @@ def demo() -> TrainConfig:
     return replace(
         xumx(),
         separator=SeparatorConfig(hidden_size=64, num_layers=2, dropout=0.1),
+        approach=ApproachConfig(projection_size=16),  # an eighth of the latent, as in xumx
         data=DataConfig(excerpt_seconds=6.0, excerpts_per_track=2, batch_size=3),
         optim=OptimConfig(learning_rate=3e-3, plateau_patience=3, plateau_cooldown=1),
         fit=FitConfig(epochs=7, patience=7),
