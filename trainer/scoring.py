@@ -22,6 +22,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -428,6 +429,8 @@ def _child_settings() -> Iterator[None]:
     blocked signal is inherited too; the parent gets one that came meanwhile when it unblocks.
     """
     saved = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    # Started with the first process, it would unblock the signal before that one inherits it.
+    resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     try:
