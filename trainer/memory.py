@@ -10,9 +10,9 @@ def keep_freed_memory() -> None:
     """Let the C library reuse freed blocks instead of giving them back to the system.
 
     A training step on the CPU frees and asks for the same large blocks again and again; by default
-    each comes as fresh pages that have to be cleared first. Kept, a step of the demo took 0.73 s
-    instead of 2.9 s on two cores. It costs memory that stays at its peak, and does nothing where
-    the C library is not glibc.
+    each comes as fresh pages that have to be cleared first. Kept, a step of the demo was 2 to 4
+    times faster on two cores (docs/experiments.md). It costs memory that stays at its peak, and
+    does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return

@@ -9,7 +9,7 @@ import pytest
 from flsep.cache import ShardFile
 from flsep.pipeline.build import ShardSettings, make_shard
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.plan import plan_shards
+from flsep.pipeline.plan import ShardTask, plan_shards
 from flsep.pipeline.teacher import Teacher
 from flsep.pipeline.tracks import find_corpus
 
@@ -17,19 +17,8 @@ EXCERPT_FRAMES = 259  # 6 s
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, example_track: Path) -> Path:
-    (tmp_path / "corpus" / "train").mkdir(parents=True)
-    (tmp_path / "corpus" / "train" / example_track.name).symlink_to(example_track)
-    return tmp_path / "corpus"
-
-
-def test_precompute(
-    corpus: Path,
-    tmp_path: Path,
-    bench_teacher: Path,
-    full_size: bool,
-    print_table: Callable[..., None],
-) -> None:
+def job(tmp_path: Path, corpus: Path, bench_teacher: Path) -> tuple[ShardTask, ShardSettings]:
+    """Return the task of making the real track's shard, and its settings."""
     config = FeatureConfig()
     found = find_corpus(corpus)
     teacher = Teacher.load(str(bench_teacher))
@@ -42,7 +31,25 @@ def test_precompute(
         num_threads=2,
     )
     (task,) = plan_shards(found, config).tasks
-    seconds = task.audio_seconds(config.sample_rate_hz)
+    return task, settings
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, example_track: Path) -> Path:
+    (tmp_path / "corpus" / "train").mkdir(parents=True)
+    (tmp_path / "corpus" / "train" / example_track.name).symlink_to(example_track)
+    return tmp_path / "corpus"
+
+
+def test_precompute(
+    job: tuple[ShardTask, ShardSettings],
+    tmp_path: Path,
+    bench_teacher: Path,
+    full_size: bool,
+    print_table: Callable[..., None],
+) -> None:
+    task, settings = job
+    seconds = task.audio_seconds(settings.config.sample_rate_hz)
     make_shard(task, settings)
     best: dict[str, float] = {}
     for _ in range(5 if full_size else 1):
@@ -66,24 +73,12 @@ def test_precompute(
 
 
 def test_shard_reading(
-    corpus: Path,
+    job: tuple[ShardTask, ShardSettings],
     tmp_path: Path,
-    bench_teacher: Path,
     best_seconds: Callable[..., list[float]],
     print_table: Callable[..., None],
 ) -> None:
-    found = find_corpus(corpus)
-    config = FeatureConfig()
-    teacher = Teacher.load(str(bench_teacher))
-    settings = ShardSettings(
-        folder=tmp_path,
-        config=config,
-        sources=found.sources,
-        teacher=teacher.info,
-        teacher_folder=bench_teacher,
-        num_threads=2,
-    )
-    (task,) = plan_shards(found, config).tasks
+    task, settings = job
     make_shard(task, settings)
     shard = ShardFile(tmp_path / task.name)
     spectrum = shard.read(0, "stft", 0, verify=True)
@@ -103,7 +98,7 @@ def test_shard_reading(
     np.testing.assert_array_equal(buffer, shard.read(0, "stft", 4, verify=True)[1 : 1 + length])
     read_seconds, copy_seconds = best_seconds(read, copy, rounds=50)
     size = 5 * buffer.nbytes
-    seconds = task.audio_seconds(config.sample_rate_hz)
+    seconds = task.audio_seconds(settings.config.sample_rate_hz)
     print_table(
         f"shard: {shard.num_bytes / 1e6:.1f} MB for {seconds:.2f} s, "
         f"{shard.num_bytes / seconds / 1e6:.2f} MB a second of audio (page cache warm)",
