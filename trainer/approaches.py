@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flsep.trainer.parallel import gather_rows
 from flsep.trainer.separator import Separation
 
 APPROACHES = ("none", "concat", "contrastive", "distance")
@@ -171,7 +172,10 @@ class _Concatenation(Approach):
 
 
 class _Regularizer(Approach):
-    """Compare the latents of audible windows inside their excerpts with their embeddings."""
+    """Compare the latents of audible windows inside their excerpts with their embeddings.
+
+    In training, the windows of all processes are compared with each other: those of a batch.
+    """
 
     def __init__(
         self,
@@ -194,6 +198,8 @@ class _Regularizer(Approach):
             pooled = pool_windows(latent.float(), windows.bounds)
             compared = windows.inside & (windows.activity_db >= self.silence_db)
             latents_MD, embeddings_ME = pooled[compared], windows.embeddings[compared].float()
+            if self.training:
+                latents_MD, embeddings_ME = gather_rows(latents_MD), gather_rows(embeddings_ME)
             num_windows = torch.tensor(float(len(latents_MD)), device=latent.device)
             return {**self.criterion(latents_MD, embeddings_ME), "num_windows": num_windows}
 

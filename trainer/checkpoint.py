@@ -2,10 +2,11 @@
 
 A file is written under a temporary name, fsynced and renamed, so that weights, configuration and
 training state always belong together. Nothing is unpickled. ``best.safetensors`` holds weights;
-``last.safetensors`` also what resuming needs: the state of the optimizer and of the random
-generators as tensors, the schedule and the position as JSON.
+``last.safetensors`` also what resuming needs: the state of the optimizer, of the moving average
+and of the random generators as tensors, the schedule and the position as JSON.
 
-Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>`` and ``random.<device>``.
+Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.model.<name>`` and
+``random.<device>.<rank>``.
 """
 
 import json
@@ -27,7 +28,7 @@ from flsep.trainer.data import Standard
 from flsep.trainer.model import InformedSeparator, build_model
 
 FORMAT_NAME = "flsep-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER = "flsep"
 
 
@@ -140,9 +141,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values = json.loads(header)
         if values["format"] != FORMAT_NAME or not isinstance(values["version"], int):
             raise ValueError(f"format {values['format']!r}")
-        if values["version"] > FORMAT_VERSION:
+        if values["version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: checkpoint version {values['version']}, this flsep reads up to "
+                f"{path}: checkpoint version {values['version']}, this flsep reads "
                 f"{FORMAT_VERSION}; use the flsep that wrote it"
             )
         standard = values["standard"]
@@ -181,13 +182,12 @@ def load_model(checkpoint: Checkpoint, where: str) -> InformedSeparator:
         If the weights are not those of such a model.
     """
     model = build_model(checkpoint.config, checkpoint.layout)
-    load_weights(model, checkpoint, where)
+    load_weights(model, take(checkpoint.tensors, "model."), where)
     return model.eval()
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, where: str) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load weights into a model; raises CheckpointError unless names and shapes agree."""
-    state = take(checkpoint.tensors, "model.")
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     for name in sorted(expected.keys() | found.keys()):

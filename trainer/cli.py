@@ -4,18 +4,12 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    import torch
-
-    from flsep.trainer.config import TrainConfig
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ANY = click.Path(path_type=Path)
@@ -37,6 +31,9 @@ class _Commands(click.Group):
             message = _explain(error)
             if message is None:
                 raise
+            # Of several processes under torchrun, the first one speaks for all.
+            rank = os.environ.get("RANK", "0")
+            message = message if rank == "0" else f"process {rank}: {message}"
             raise click.ClickException(message) from error
 
 
@@ -131,6 +128,12 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--temperature", type=float, help="Of contrastive. [default: 0.1]")
 @click.option("--seed", type=int, help="Of weights, dropout and excerpts. [default: 0]")
 @click.option(
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bfloat16"]),
+    help="float32: exact products. tf32 (GPU): factors rounded to 10 bits. bfloat16: the network "
+    "in mixed precision; weights, STFT and losses stay float32. [default: float32]",
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -146,6 +149,21 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @click.option(
+    "--save-every",
+    "save_minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="Save within an epoch too, so that a crash costs no more than this.",
+)
+@click.option(
+    "--resident",
+    type=click.Choice(["device", "host"]),
+    help="Load all training data into the memory of the GPU or of the host first; refused where "
+    "it does not fit. [default: read the shards as they are needed]",
+)
+@click.option(
     "--workers",
     type=click.IntRange(0, 256),
     help="Threads that read ahead; the batches do not depend on it. [default: cores, at most 8]",
@@ -160,6 +178,8 @@ def fit(
     recipe: str,
     resume: bool,
     overwrite: bool,
+    save_minutes: float,
+    resident: str | None,
     workers: int | None,
     device: str,
     verify: bool,
@@ -171,6 +191,9 @@ def fit(
     flsep-train fit SHARDS --run runs/none
     flsep-train fit SHARDS --run runs/contrastive --approach contrastive --weight 0.5
     flsep-train fit SHARDS --run runs/small --set separator.hidden_size=128 --set fit.epochs=50
+    torchrun --standalone --nproc-per-node 4 --no-python -- flsep-train fit SHARDS --run runs/none
+
+    Under torchrun the processes share each batch, one GPU a process; the first one writes.
 
     Ctrl-C, SIGTERM and SIGUSR1 save after the step and end with status 130, 143 and 138; the same
     command with --resume goes on as if nothing had happened, whatever --workers. The validation
@@ -184,100 +207,29 @@ def fit(
       metrics.jsonl      a line an epoch, each loss term apart; events.* for TensorBoard
       config.json, environment.json
     """
-    from flsep.cache import Shards
-    from flsep.trainer.checkpoint import load_checkpoint
-    from flsep.trainer.loop import Stopped, describe_place, describe_training, resume_config
-    from flsep.trainer.loop import fit as train
-    from flsep.trainer.memory import keep_freed_memory
-    from flsep.trainer.recipes import RECIPES
-    from flsep.trainer.runs import Run, describe_environment
-    from flsep.trainer.training import Training
+    from flsep.trainer.launch import launch
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    chosen = _choose_device(device)
-    if chosen.type == "cpu":
-        keep_freed_memory()
-    folder = Run(run)
-    checkpoint = load_checkpoint(folder.last) if resume and folder.last.exists() else None
     recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT
-    if checkpoint is None or recipe_given:
-        config = _apply_options(RECIPES[recipe](), options)
-    else:
-        config = _apply_options(checkpoint.config, options)
-    if checkpoint is not None:
-        config = resume_config(checkpoint.config, config, run)
-    training = Training(
-        config, Shards(shards, verify=verify), device=chosen, num_workers=_count_threads(workers)
+    status = launch(
+        shards,
+        run,
+        recipe=recipe if recipe_given or not resume else None,
+        options=options,
+        resume=resume,
+        overwrite=overwrite,
+        seconds_between_saves=60 * save_minutes,
+        resident=resident,
+        num_workers=_count_threads(workers),
+        device=device,
+        verify=verify,
     )
-    if checkpoint is None:
-        # A run that was killed before its first checkpoint has nothing to lose: start again.
-        folder.prepare(overwrite=overwrite or (resume and folder.is_unfinished))
-    else:
-        folder.require_writable()
-        training.restore(checkpoint, str(folder.last))
-    folder.write_description(
-        {**config.to_json(), "shards": str(shards.resolve()), "fingerprint": training.fingerprint},
-        describe_environment(str(chosen), config.fit.seed),
-    )
-    for line in describe_training(training):
-        click.echo(line)
-    click.echo(f"results    {run}: best.safetensors, last.safetensors, metrics.jsonl, events.*")
-    if resume:
-        place = "the start: there is no last.safetensors yet"
-        click.echo(f"resumes    at {place if checkpoint is None else describe_place(training)}")
-    try:
-        train(training, folder, report=click.echo)
-    except Stopped as stopped:
-        click.echo(
-            f"Stopped by {stopped.number.name}, saved in {stopped.place}; go on with: "
-            f"flsep-train fit {shlex.quote(str(shards))} --run {shlex.quote(str(run))} --resume",
-            err=True,
-        )
-        ctx.exit(128 + stopped.number)
-    position = training.position
-    click.echo(
-        f"best validation loss {position.best_loss:.4f} in epoch {position.best_epoch + 1}: "
-        f"{folder.best}"
-    )
-
-
-def _apply_options(config: "TrainConfig", options: dict[str, Any]) -> "TrainConfig":
-    """Apply the named options, then ``--set``."""
-    from flsep.trainer.config import apply_settings
-
-    fields = {
-        "approach": "approach.name",
-        "mixing": "data.mixing",
-        "teacher_signal": "approach.teacher_signal",
-        "weight": "approach.weight",
-        "temperature": "approach.temperature",
-        "seed": "fit.seed",
-    }
-    named = [
-        f"{field}={options[option]}"
-        for option, field in fields.items()
-        if options[option] is not None
-    ]
-    return apply_settings(config, [*named, *options["settings"]])
+    ctx.exit(status)
 
 
 def _count_threads(workers: int | None) -> int:
     return min(8, len(os.sched_getaffinity(0))) if workers is None else workers
-
-
-def _choose_device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise click.UsageError(f"--device {name} cannot be used here ({reason})") from error
-    return device
 
 
 @main.command()
@@ -327,11 +279,12 @@ def separate(
     """
     from flsep.trainer.conditioning import load_embedder
     from flsep.trainer.inference import TrackSeparator, choose_targets, list_audio, separate_file
+    from flsep.trainer.launch import choose_device
 
     files = list_audio(audio)
     separator = TrackSeparator(
         _find_checkpoint(run),
-        device=_choose_device(device),
+        device=choose_device(device),
         wiener=wiener,
         chunk_seconds=chunk_seconds,
     )

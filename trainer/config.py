@@ -64,7 +64,7 @@ class DataConfig:
     excerpts_per_track : int
         An epoch has this many excerpts for each training track.
     batch_size : int
-        Excerpts in a batch.
+        Excerpts in a batch, in all processes together.
     min_gain, max_gain : float
         Each source's gain is uniform between these (random mixing only).
     swap_probability : float
@@ -157,6 +157,14 @@ class OptimConfig:
         Epochs without improvement that make a plateau.
     plateau_cooldown : int
         Epochs to wait after a reduction.
+    accumulate : int
+        Batches whose gradients are averaged for one step. Batch norm and the regularizers see one
+        batch at a time.
+    clip_norm : float
+        Gradients of a larger norm are scaled down to it; 0 clips nothing.
+    ema_decay : float
+        Validate and keep a moving average of the weights, which holds this share of the old one
+        at each step, in [0, 1); 0 keeps the weights themselves.
     """
 
     learning_rate: float = 1e-3
@@ -164,6 +172,9 @@ class OptimConfig:
     plateau_factor: float = 0.3
     plateau_patience: int = 80
     plateau_cooldown: int = 10
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -172,6 +183,29 @@ class OptimConfig:
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
         _check(self, "plateau_patience", self.plateau_patience >= 0, "0 or more")
         _check(self, "plateau_cooldown", self.plateau_cooldown >= 0, "0 or more")
+        _check(self, "accumulate", self.accumulate >= 1, "1 or more")
+        _check(self, "clip_norm", self.clip_norm >= 0, "0 or more")
+        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """How the network is computed.
+
+    Attributes
+    ----------
+    precision : {'float32', 'tf32', 'bfloat16'}
+        ``float32``: as it says, also on GPUs. ``tf32``: products on a GPU round their factors to
+        10 bits. ``bfloat16``: the network in mixed precision, weights and losses in float32.
+    compile : bool
+        Let torch.compile fuse the encoders and the decoders; takes a minute at the start.
+    """
+
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,6 +242,7 @@ class TrainConfig:
     approach: ApproachConfig = field(default_factory=ApproachConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     def to_json(self) -> dict[str, dict[str, Any]]:

@@ -1,81 +1,31 @@
 """From shards to batches.
 
-What is read are slices of memory maps, copied into one array a batch by threads: a copy does not
+What is read are slices of memory maps, copied into one buffer a batch by threads: a copy does not
 hold Python's lock, so that threads read as fast as processes would, without two more copies through
-shared memory. The spectra stay as they are stored until `assemble` mixes them on the device.
-
-Shape suffixes: S sources, G signals (the mixture, then the sources), B batch, C channels,
-T samples, N frames, F bins, W windows, E embedding dimensions.
+shared memory. Each excerpt of a signal is one contiguous copy. The buffer is page-locked where it
+goes on to a GPU, and crosses to it in one transfer on a stream of its own, while the batch before
+is computed with. The spectra stay as they are stored, also in their order, until `assemble`
+gathers and mixes them on the device.
 """
 
-import threading
+from __future__ import annotations
+
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from flsep.cache import Shards, Statistics, TrackRecord
 from flsep.trainer.approaches import TeacherWindows
-from flsep.trainer.excerpts import DataError, Draw, Excerpts, Grid, held_windows
-from flsep.trainer.separator import synthesise
+from flsep.trainer.batches import Batch, allocate_together
+from flsep.trainer.excerpts import DataError, Draw, Excerpts, Grid, Part, held_windows
+from flsep.trainer.residency import Resident
 
 _BATCHES_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Excerpts as they lie in the shards; `assemble` makes an `Example` of them.
-
-    Attributes
-    ----------
-    stft : Tensor
-        float16 or float32 [signal, frame, batch, channel, bin, 2]: the mixture and the sources,
-        or the sources alone where `gains` are given.
-    gains : Tensor or None
-        float32 [source, batch].
-    windows : TeacherWindows or None
-        Where a teacher's signal was asked for.
-    names : tuple of str
-        Where each excerpt comes from, for messages.
-    """
-
-    stft: Tensor
-    gains: Tensor | None
-    windows: TeacherWindows | None
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class Example(NamedTuple):
-    """A batch on the device, mixed: what a separator is trained with.
-
-    Attributes
-    ----------
-    mixture_NBCF : Tensor
-        Spectrum, complex64.
-    mixture_BCT : Tensor
-        Waveform, float32.
-    references_SNBCF : Tensor
-        Magnitudes of the sources, float32.
-    references_SBCT : Tensor
-        Their waveforms, float32.
-    windows : TeacherWindows or None
-        Of the teacher.
-    """
-
-    mixture_NBCF: Tensor  # noqa: N815
-    mixture_BCT: Tensor  # noqa: N815
-    references_SNBCF: Tensor  # noqa: N815
-    references_SBCT: Tensor  # noqa: N815
-    windows: TeacherWindows | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +36,7 @@ class Standard:
     scale: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, statistics: Statistics, teacher_signal: str) -> "Standard":
+    def of(cls, statistics: Statistics, teacher_signal: str) -> Standard:
         """Take those of the mixtures, or pool those of all stems.
 
         Raises
@@ -118,12 +68,12 @@ class Standard:
 
 
 class Reader:
-    """Read excerpts from shards.
+    """Read excerpts, from any number of threads.
 
     Parameters
     ----------
-    shards : Shards
-        The data.
+    shards : Shards or Resident
+        The data, mapped or loaded.
     grid : Grid
         How long the excerpts are.
     teacher_signal : {'mixture', 'stems'} or None
@@ -140,7 +90,7 @@ class Reader:
         If embeddings are wanted and the shards have no statistics of them.
     """
 
-    def __init__(self, shards: Shards, grid: Grid, teacher_signal: str | None) -> None:
+    def __init__(self, shards: Shards | Resident, grid: Grid, teacher_signal: str | None) -> None:
         self.layout, self.grid = shards.layout, grid
         self.teacher_signal = teacher_signal
         self.standard: Standard | None = None
@@ -149,62 +99,103 @@ class Reader:
                 raise DataError(f"{shards.folder}: no training split, hence no statistics")
             self.standard = Standard.of(shards.index.statistics, teacher_signal)
         self._shards = shards
-        self._lock = threading.Lock()
 
-    def allocate(self, draws: Sequence[Draw], *, pin: bool) -> Batch:
-        """Make a batch for these excerpts, to be filled by `fill`, one excerpt at a time."""
-        layout, batch = self.layout, len(draws)
+    def allocate(
+        self, draws: Sequence[Draw], *, pin: bool = False, num_in_all: int | None = None
+    ) -> Batch:
+        """Make a batch for these excerpts, to be filled by `fill`, one excerpt at a time.
+
+        With `pin` it is to go to a GPU.
+        """
+        layout, num_frames, batch = self.layout, self.grid.num_frames, len(draws)
         mixed = draws[0].gains is not None
         num_signals = len(layout.sources) + (not mixed)
-        gains = None
+        resident = self._resident(pin)
+        pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "starts": (torch.int64, (num_signals, batch)),
+            "swaps": (torch.bool, (num_signals, batch)),
+        }
+        if resident is None:
+            pieces["frames"] = (
+                getattr(torch, layout.stft_dtype),
+                (num_signals * batch * num_frames, layout.num_channels, layout.num_bins, 2),
+            )
         if mixed:
-            gains = torch.tensor([draw.gains for draw in draws], dtype=torch.float32).T.contiguous()
-        windows = None
+            pieces["gains"] = (torch.float32, (num_signals, batch))
         if self.teacher_signal is not None:
             lead = (len(layout.sources),) if self.teacher_signal == "stems" else ()
             shape = (*lead, batch, self.grid.num_windows)
+            pieces |= {
+                "embeddings": (torch.float32, (*shape, layout.embedding_size)),
+                "activity_db": (torch.float32, shape),
+                "bounds": (torch.int64, (*shape, 2)),
+                "inside": (torch.bool, shape),
+                "held": (torch.int64, (batch, num_frames)),
+            }
+        buffer, tensors = allocate_together(pieces, pin=pin)
+        if mixed:
+            tensors["gains"].copy_(torch.tensor([draw.gains for draw in draws]).T)
+        swaps = [draw.swaps * (num_signals // len(draw.swaps)) for draw in draws]
+        tensors["swaps"].copy_(torch.tensor(swaps).T)
+        torch.arange(
+            0, num_signals * batch * num_frames, num_frames, out=tensors["starts"].view(-1)
+        )
+        windows = None
+        if self.teacher_signal is not None:
             windows = TeacherWindows(
-                embeddings=torch.zeros(*shape, layout.embedding_size, pin_memory=pin),
-                activity_db=torch.full(shape, -torch.inf, pin_memory=pin),
-                bounds=torch.zeros(*shape, 2, dtype=torch.int64, pin_memory=pin),
-                inside=torch.zeros(shape, dtype=torch.bool, pin_memory=pin),
-                held=torch.zeros(batch, self.grid.num_frames, dtype=torch.int64, pin_memory=pin),
+                **{name: tensors[name] for name in TeacherWindows.__dataclass_fields__}
             )
+            windows.embeddings.zero_()
+            windows.activity_db.fill_(-torch.inf)
+            windows.held.zero_()
         return Batch(
-            stft=torch.empty(
-                (num_signals, self.grid.num_frames, batch, layout.num_channels, layout.num_bins, 2),
-                dtype=getattr(torch, layout.stft_dtype),
-                pin_memory=pin,
-            ),
-            gains=gains,
+            frames=tensors["frames"] if resident is None else resident.frames,
+            starts=tensors["starts"],
+            swaps=tensors["swaps"],
+            gains=tensors.get("gains"),
             windows=windows,
+            buffer=buffer,
+            num_frames=num_frames,
             names=tuple(self._name(draw) for draw in draws),
+            num_in_all=batch if num_in_all is None else num_in_all,
         )
 
     def fill(self, batch: Batch, slot: int, draw: Draw) -> None:
         """Copy one excerpt into a batch; raises CacheError for damaged shards."""
-        out_GNCFX = batch.stft.numpy()[:, :, slot]
-        first_signal = 1 if draw.gains is not None else 0
-        for row, out_NCFX in enumerate(out_GNCFX):
-            place = row if len(draw.places) > 1 else 0
-            track, window = draw.places[place]
+        num_frames = self.grid.num_frames
+        num_signals = len(batch.starts)
+        starts = batch.starts.numpy()
+        for row in range(num_signals):
+            signal = row if draw.gains is None else 1 + row
+            track, window = draw.places[row if len(draw.places) > 1 else 0]
             start = self.layout.window_frames(window)[0]
-            stored = self._read(track, "stft", first_signal + row)
-            excerpt_NCFX = stored[start : start + self.grid.num_frames]
-            out_NCFX[:] = excerpt_NCFX[:, ::-1] if draw.swaps[place] else excerpt_NCFX
+            if isinstance(self._shards, Resident) and batch.frames is self._shards.frames:
+                starts[row, slot] = self._shards.first_frame(track, signal) + start
+            else:
+                stored = self._shards.read(track, "stft", signal)
+                begin = starts[row, slot]
+                out = batch.frames.numpy()[begin : begin + num_frames]
+                np.copyto(out, stored[start : start + num_frames])
         if batch.windows is None:
             return
         if self.teacher_signal == "mixture":
             track, window = draw.places[0]
             self._fill_windows(batch.windows, (slot,), track, window, 0)
             start = self.layout.window_frames(window)[0]
-            frames = np.arange(start, start + self.grid.num_frames)
+            frames = np.arange(start, start + num_frames)
             held = held_windows(self.layout, frames, track.num_windows) - window
             batch.windows.held.numpy()[slot] = np.clip(held, 0, self.grid.num_windows - 1)
             return
         for source in range(len(self.layout.sources)):
             track, window = draw.places[source if len(draw.places) > 1 else 0]
             self._fill_windows(batch.windows, (source, slot), track, window, 1 + source)
+
+    def _resident(self, pin: bool) -> Resident | None:
+        """Return where excerpts can stay, as the batch is gathered from there."""
+        shards = self._shards
+        if isinstance(shards, Resident) and shards.frames.is_cuda == pin:
+            return shards
+        return None
 
     def _fill_windows(
         self,
@@ -217,23 +208,40 @@ class Reader:
         present = slice(first, min(first + self.grid.num_windows, track.num_windows))
         count = present.stop - present.start
         assert self.standard is not None
-        embedding = self._read(track, "embedding", signal)[present]
+        embedding = self._shards.read(track, "embedding", signal)[present]
         windows.embeddings.numpy()[entry][:count] = self.standard(embedding)
-        windows.activity_db.numpy()[entry][:count] = self._read(track, "activity", signal)[present]
+        windows.activity_db.numpy()[entry][:count] = self._shards.read(track, "activity", signal)[
+            present
+        ]
         bounds = self.grid.bounds(first)
         windows.bounds.numpy()[entry] = bounds
         inside = bounds[:, 1] <= self.grid.num_frames
         inside[count:] = False
         windows.inside.numpy()[entry] = inside
 
-    def _read(self, track: TrackRecord, name: str, signal: int) -> npt.NDArray[np.float32]:
-        # Looking up a shard is not safe among threads; the copy, which takes the time, is outside.
-        with self._lock:
-            return self._shards.read(track, name, signal)
-
     def _name(self, draw: Draw) -> str:
         seconds = self.layout.window_hop_seconds
         return " + ".join(f"{track.name!r} at {k * seconds:.2f} s" for track, k in draw.places)
+
+
+class _Transfer:
+    """Moves batches to a GPU on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device)
+            return moved, self._stream.record_event()
+
+    def finish(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        """Make the consumer's stream wait for the copy, and the allocator for the consumer."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        batch.buffer.record_stream(stream)
+        return batch
 
 
 def load_batches(
@@ -244,9 +252,14 @@ def load_batches(
     batch_size: int,
     num_workers: int,
     first: int = 0,
-    pin: bool = False,
-) -> Iterator[Batch]:
+    part: Part = Part(),  # noqa: B008 - immutable
+    device: torch.device | None = None,
+) -> Generator[Batch, None, None]:
     """Read the batches of an epoch in order, a few ahead of their use.
+
+    On a GPU they are there when they are handed over: `next` makes the current stream wait for
+    the copy, which mostly has finished long before. CUDA events recorded on that stream before
+    and after `next` tell how long the device waited, for the copy or for the excerpts themselves.
 
     Parameters
     ----------
@@ -255,83 +268,61 @@ def load_batches(
     epoch : int
         Which epoch.
     batch_size : int
-        Excerpts in a batch; the last one of an epoch may have fewer.
+        Excerpts in a batch; the last one of an epoch may have fewer (see `smallest_batch`).
     num_workers : int
         Threads that read ahead; 0 reads when a batch is asked for. The batches are the same.
     first : int
         Number of the first batch wanted.
-    pin : bool
-        Allocate page-locked memory, which a GPU copies from faster.
+    part : Part
+        Which part of each batch to read; a batch whose part is empty is left out.
+    device : torch.device, optional
+        Where the batches are wanted; in main memory when not given.
 
     Raises
     ------
     CacheError
         For damaged shards, when the batch is due.
     """
-    numbers = range(first, -(-len(excerpts) // batch_size))
+    transfer = _Transfer(device) if device is not None and device.type == "cuda" else None
 
-    def start(number: int) -> tuple[Batch, list[Draw]]:
-        indices = range(number * batch_size, min((number + 1) * batch_size, len(excerpts)))
-        draws = [excerpts.draw(epoch, index) for index in indices]
-        return reader.allocate(draws, pin=pin), draws
+    def plan() -> Iterator[tuple[Batch, list[Draw]]]:
+        for number in range(first, -(-len(excerpts) // batch_size)):
+            whole = range(number * batch_size, min((number + 1) * batch_size, len(excerpts)))
+            draws = [excerpts.draw(epoch, index) for index in part.share(whole)]
+            if draws:
+                pin = transfer is not None
+                yield reader.allocate(draws, pin=pin, num_in_all=len(whole)), draws
+
+    def complete(
+        batch: Batch, filling: list[Future[None]]
+    ) -> tuple[Batch, torch.cuda.Event | None]:
+        for excerpt in filling:
+            excerpt.result()
+        return (batch, None) if transfer is None else transfer.start(batch)
+
+    def hand_over(batch: Batch, copied: torch.cuda.Event | None) -> Batch:
+        return batch if transfer is None or copied is None else transfer.finish(batch, copied)
 
     if num_workers == 0:
-        for number in numbers:
-            batch, draws = start(number)
+        for batch, draws in plan():
             for slot, draw in enumerate(draws):
                 reader.fill(batch, slot, draw)
-            yield batch
+            yield hand_over(*complete(batch, []))
         return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="flsep-read")
-    ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
+    readers = ThreadPoolExecutor(num_workers, thread_name_prefix="flsep-read")
+    completer = ThreadPoolExecutor(1, thread_name_prefix="flsep-read")
+    ahead: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
     try:
-        for number in numbers:
-            batch, draws = start(number)
+        for batch, draws in plan():
             filling = [
-                pool.submit(reader.fill, batch, slot, draw) for slot, draw in enumerate(draws)
+                readers.submit(reader.fill, batch, slot, draw) for slot, draw in enumerate(draws)
             ]
-            ahead.append((batch, filling))
+            ahead.append(completer.submit(complete, batch, filling))
+            del batch, filling  # nothing but the future keeps what was read
             if len(ahead) > _BATCHES_AHEAD:
-                yield _finish(*ahead.popleft())
+                yield hand_over(*ahead.popleft().result())
         while ahead:
-            yield _finish(*ahead.popleft())
+            yield hand_over(*ahead.popleft().result())
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _finish(batch: Batch, filling: list[Future[None]]) -> Batch:
-    for part in filling:
-        part.result()
-    return batch
-
-
-def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
-    """Bring a batch to the device, apply gains, mix, and transform back to waveforms.
-
-    Parameters
-    ----------
-    batch : Batch
-        From `load_batches`.
-    device : torch.device
-        Where to compute.
-    hop_samples : int
-        Of the STFT.
-
-    Returns
-    -------
-    Example
-        Waveforms have ``(frames - 1) * hop_samples`` samples.
-    """
-    stored = batch.stft.to(device, non_blocking=True)
-    spectra_GNBCF = torch.view_as_complex(stored.float())
-    windows = None if batch.windows is None else batch.windows.to(device, non_blocking=True)
-    if batch.gains is None:
-        waveforms_GBCT = synthesise(spectra_GNBCF, hop_samples)
-        mixture_NBCF, sources_SNBCF = spectra_GNBCF[0], spectra_GNBCF[1:]
-        mixture_BCT, sources_SBCT = waveforms_GBCT[0], waveforms_GBCT[1:]
-    else:
-        gains_SB = batch.gains.to(device, non_blocking=True)
-        sources_SNBCF = spectra_GNBCF * gains_SB[:, None, :, None, None]
-        sources_SBCT = synthesise(sources_SNBCF, hop_samples)
-        mixture_NBCF, mixture_BCT = sources_SNBCF.sum(0), sources_SBCT.sum(0)
-    return Example(mixture_NBCF, mixture_BCT, sources_SNBCF.abs(), sources_SBCT, windows)
+        readers.shutdown(cancel_futures=True)
+        completer.shutdown(cancel_futures=True)

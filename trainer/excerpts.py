@@ -19,6 +19,35 @@ class DataError(ValueError):
     """Shards that cannot be trained on as configured."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of each batch a process reads, when several train together.
+
+    Attributes
+    ----------
+    rank, num_ranks : int
+        Which of the processes it is, and how many there are.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_ranks:
+            raise ValueError(f"rank is {self.rank}; expected one in [0, {self.num_ranks})")
+
+    def share(self, indices: range) -> range:
+        """Return this part's indices: neighbours, as many as the others have, or one more."""
+        size, num_larger = divmod(len(indices), self.num_ranks)
+        start = self.rank * size + min(self.rank, num_larger)
+        return indices[start : start + size + (self.rank < num_larger)]
+
+
+def smallest_batch(num_excerpts: int, batch_size: int) -> int:
+    """Return how many excerpts the last batch of an epoch has: the others have `batch_size`."""
+    return num_excerpts - (num_excerpts - 1) // batch_size * batch_size
+
+
 class Grid:
     """Excerpts of one length on the teacher's windows.
 
@@ -40,8 +69,10 @@ class Grid:
     def __init__(self, layout: Layout, excerpt_seconds: float) -> None:
         self.layout, self.excerpt_seconds = layout, excerpt_seconds
         self.num_frames = layout.num_frames(round(excerpt_seconds * layout.sample_rate_hz))
-        frames_a_window = layout.window_hop_seconds * layout.sample_rate_hz / layout.hop_samples
-        self.num_windows = int(self.num_frames / frames_a_window) + 1
+        self._frames_a_window = (
+            layout.window_hop_seconds * layout.sample_rate_hz / layout.hop_samples
+        )
+        self.num_windows = int(self.num_frames / self._frames_a_window) + 1
 
     def first_frame(self, window: int) -> int:
         """Return the frame at which an excerpt starts that starts with a window."""
@@ -61,11 +92,20 @@ class Grid:
         """Windows that lie wholly inside an excerpt that starts with the track."""
         return int((self.bounds(0)[:, 1] <= self.num_frames).sum())
 
-    def starts(self, track: TrackRecord) -> list[int]:
-        """Return the windows at which a whole excerpt of a track can start, in order."""
+    def starts(self, track: TrackRecord) -> range:
+        """Return the windows at which a whole excerpt of a track can start."""
         last_frame = track.num_frames - self.num_frames
-        windows = range(track.num_windows)
-        return [k for k in windows if self.first_frame(k) <= last_frame]
+        if last_frame < 0:
+            return range(0)
+        return range(min(self.last_start(last_frame) + 1, track.num_windows))
+
+    def last_start(self, frame: int) -> int:
+        """Return the last window whose first frame is not after a frame, 0 or more."""
+        # `first_frame` grows with the window: turn it round, and undo its rounding with itself.
+        window = int(frame / self._frames_a_window) + 1
+        while self.first_frame(window) > frame:
+            window -= 1
+        return window
 
     def split_by_length(
         self, shards: Shards, split: str
@@ -83,7 +123,10 @@ class Grid:
                 f"{shards.folder}: no track in the split {split!r}; precompute a corpus "
                 "that has one (--valid-fraction makes a validation split)"
             )
-        long_enough = [track for track in tracks if self.starts(track)]
+        long_enough: list[TrackRecord] = []
+        short: list[TrackRecord] = []
+        for track in tracks:
+            (long_enough if self.starts(track) else short).append(track)
         if not long_enough:
             longest = max(tracks, key=lambda track: track.num_samples)
             raise DataError(
@@ -92,7 +135,7 @@ class Grid:
                 f"{longest.num_samples / self.layout.sample_rate_hz:.2f} s: "
                 "use --set data.excerpt_seconds=..."
             )
-        return long_enough, [track for track in tracks if track not in long_enough]
+        return long_enough, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,22 +234,55 @@ class ConsecutiveExcerpts:
     """
 
     def __init__(self, grid: Grid, tracks: Sequence[TrackRecord]) -> None:
-        self._places: list[tuple[TrackRecord, int]] = []
-        for track in tracks:
-            starts = grid.starts(track)
-            frames = [grid.first_frame(k) for k in starts]
-            position = 0
-            while True:
-                self._places.append((track, starts[position]))
-                if position == len(starts) - 1:
-                    break
-                end = frames[position] + grid.num_frames
-                following = int(np.searchsorted(frames, end, "right")) - 1
-                position = max(position + 1, following)
+        self._tracks = tracks
+        self._last = np.array([len(grid.starts(track)) - 1 for track in tracks], np.int64)
+        # Tracks differ only in where they end: all start at the windows of one path.
+        longest = int(self._last.max(initial=0))
+        path = [0]
+        while path[-1] < longest:
+            end = grid.first_frame(path[-1]) + grid.num_frames
+            following = grid.last_start(end)
+            path.append(min(max(path[-1] + 1, following), longest))
+        self._path = np.array(path, np.int64)
+        self._ends = np.cumsum(np.searchsorted(self._path, self._last) + 1)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def draw(self, epoch: int, index: int) -> Draw:
         """Return one excerpt."""
-        return Draw((self._places[index],), (False,), None)
+        if not 0 <= index < len(self):
+            raise IndexError(f"excerpt {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, "right"))
+        position = index - (int(self._ends[number - 1]) if number else 0)
+        window = min(int(self._path[position]), int(self._last[number]))
+        return Draw(((self._tracks[number], window),), (False,), None)
+
+
+class BatchesOfRank:
+    """Whole batches for each process in turn, where no step makes the processes wait.
+
+    Parameters
+    ----------
+    excerpts : Excerpts
+        Of all processes.
+    batch_size : int
+        Excerpts in a batch.
+    part : Part
+        Which process this is.
+    """
+
+    def __init__(self, excerpts: Excerpts, batch_size: int, part: Part) -> None:
+        self._excerpts, self._batch_size, self._part = excerpts, batch_size, part
+
+    def __len__(self) -> int:
+        num_batches, rest = divmod(len(self._excerpts), self._batch_size)
+        own = len(range(self._part.rank, num_batches, self._part.num_ranks)) * self._batch_size
+        has_rest = num_batches % self._part.num_ranks == self._part.rank
+        return own + rest * has_rest
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        """Return one excerpt of this process's batches."""
+        batch, place = divmod(index, self._batch_size)
+        batch = batch * self._part.num_ranks + self._part.rank
+        return self._excerpts.draw(epoch, batch * self._batch_size + place)

@@ -18,7 +18,7 @@ from flsep.trainer.approaches import TeacherWindows
 from flsep.trainer.audio import AUDIO_SUFFIXES, WavWriters, read_blocks
 from flsep.trainer.checkpoint import load_checkpoint, load_model
 from flsep.trainer.excerpts import held_windows
-from flsep.trainer.separator import analyse, synthesise, time_signals
+from flsep.trainer.transform import analyse, synthesise, time_signals
 
 CHUNK_SECONDS = 30.0
 OVERLAP_SECONDS = 4.0

@@ -1,21 +1,22 @@
 """The training loop: train, validate, schedule, save; stop cleanly and go on exactly."""
 
+import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from flsep.trainer.checkpoint import save_checkpoint
 from flsep.trainer.config import TrainConfig, list_differences
 from flsep.trainer.runs import EventLog, Run, RunError
-from flsep.trainer.training import Training
+from flsep.trainer.training import Progress, Training
 
 _SECONDS_BETWEEN_LINES = 10.0
 _CAN_CHANGE = {"fit.epochs", "fit.patience"}
@@ -90,19 +91,19 @@ def resume_config(stored: TrainConfig, wanted: TrainConfig, folder: Path) -> Tra
 
 def describe_training(training: Training) -> Iterator[str]:
     """Yield lines that say what a training will do."""
-    config, layout, grid = training.config, training.layout, training.grid
+    config, layout, splits = training.config, training.layout, training.splits
     approach, data = config.approach, config.data
     num_parameters = sum(parameter.numel() for parameter in training.model.parameters())
     yield (
-        f"data       {len(training.train_tracks)} tracks to train on, "
-        f"{len(training.valid_tracks)} to validate; {data.mixing} mixing"
+        f"data       {len(splits.train_tracks)} tracks to train on, "
+        f"{len(splits.valid_tracks)} to validate; {data.mixing} mixing"
     )
-    if training.short_tracks:
-        names = ", ".join(repr(track.name) for track in training.short_tracks)
+    if splits.short_tracks:
+        names = ", ".join(repr(track.name) for track in splits.short_tracks)
         yield f"Warning: left out, shorter than {data.excerpt_seconds:g} s: {names}"
     yield (
-        f"epoch      {len(training.train_excerpts)} excerpts of {data.excerpt_seconds:g} s in "
-        f"{training.num_batches} batches; then {len(training.valid_excerpts)} to validate"
+        f"epoch      {len(splits.train_excerpts)} excerpts of {data.excerpt_seconds:g} s in "
+        f"{splits.num_batches} batches; then {len(splits.valid_excerpts)} to validate"
     )
     yield (
         f"separator  X-UMX for {', '.join(layout.sources)}; {num_parameters / 1e6:.2f} M parameters"
@@ -114,16 +115,26 @@ def describe_training(training: Training) -> Iterator[str]:
         yield f"approach   {approach.name} with the {approach.teacher_signal}'s embeddings{weight}"
         yield (
             f"teacher    {layout.teacher}: {layout.embedding_size} features, windows of "
-            f"{layout.window_seconds:g} s, {grid.num_whole_windows} whole ones in an excerpt"
+            f"{layout.window_seconds:g} s, {splits.grid.num_whole_windows} whole ones in an excerpt"
         )
+    ranks = training.part.num_ranks
     yield (
-        f"training   at most {config.fit.epochs} epochs on {training.device}, "
-        f"seed {config.fit.seed}"
+        f"training   at most {config.fit.epochs} epochs on "
+        + (f"{ranks} x {training.device.type}" if ranks > 1 else str(training.device))
+        + f", {config.compute.precision}, seed {config.fit.seed}"
     )
 
 
-def fit(training: Training, run: Run, *, report: Callable[[str], None]) -> None:
+def fit(
+    training: Training,
+    run: Run,
+    *,
+    report: Callable[[str], None],
+    seconds_between_saves: float = math.inf,
+) -> None:
     """Train until all epochs are done or validation stops to improve.
+
+    All processes of a training call it; the first one writes and reports.
 
     Parameters
     ----------
@@ -133,11 +144,13 @@ def fit(training: Training, run: Run, *, report: Callable[[str], None]) -> None:
         Its folder is prepared.
     report : callable
         Takes each line of progress, where no terminal shows a bar.
+    seconds_between_saves : float
+        Write ``last.safetensors`` within an epoch too when the last one is this old.
 
     Raises
     ------
     Stopped
-        After a signal; ``last.safetensors`` is written.
+        After a signal to any of the processes; ``last.safetensors`` is written.
     NonFiniteLossError
         If a loss is not finite; the last checkpoint is the one before.
     CacheError
@@ -146,42 +159,82 @@ def fit(training: Training, run: Run, *, report: Callable[[str], None]) -> None:
         If the run folder cannot be written.
     """
     stop, position = StopRequest(), training.position
-    run.trim_metrics(position.epoch)
-    size = len(training.train_excerpts)
+    is_first = training.part.rank == 0
+    size = len(training.splits.train_excerpts)
+    saved = time.monotonic()
+
+    def save_last() -> None:
+        nonlocal saved
+        checkpoint = training.checkpoint(resumable=True)
+        if is_first:
+            save_checkpoint(run.last, checkpoint)
+        saved = time.monotonic()
+
+    def stop_here() -> Stopped:
+        save_last()
+        return Stopped(stop.number or signal.SIGTERM, describe_place(training))
+
     with (
         stop.catching(),
-        EventLog(run.folder, position.epoch) as events,
+        _Record(run, position.epoch) if is_first else nullcontext() as record,
         tqdm(
             total=size * training.config.fit.epochs,
             initial=size * position.epoch + position.num_excerpts,
             unit=" excerpts",
-            disable=not sys.stderr.isatty(),
+            disable=not (is_first and sys.stderr.isatty()),
         ) as bar,
     ):
         pace = _Pace(training, report if bar.disable else lambda line: None)
-
-        def advance(count: int, loss: float) -> None:
-            bar.set_description(f"epoch {training.position.epoch + 1}", refresh=False)
-            best_loss = training.position.best_loss
-            best = {} if best_loss is None else {"best": f"{best_loss:.3f}"}
-            bar.set_postfix(loss=f"{loss:.3f}", **best, refresh=False)
-            bar.update(count)
-
         while training.finished is None:
-            valid = None
-            if training.train_epoch(stop.requested, advance):
-                valid = training.validate(stop.requested)
+            with closing(training.train_epoch()) as epoch:
+                for progress in epoch:
+                    _show(bar, training, progress)
+                    if not progress.is_step:
+                        continue
+                    if training.any_rank(stop.requested()):
+                        raise stop_here()
+                    if training.any_rank(
+                        is_first and time.monotonic() - saved >= seconds_between_saves
+                    ):
+                        save_last()
+            valid = training.validate(stop.requested)
             if valid is None:
-                assert stop.number is not None
-                save_checkpoint(run.last, training.checkpoint(resumable=True))
-                raise Stopped(stop.number, describe_place(training))
-            if training.finish_epoch(valid):
-                save_checkpoint(run.best, training.checkpoint(resumable=False))
-            run.append_metrics(training.metrics)
-            events.add(training.metrics["epoch"], _flatten(training.metrics))
-            save_checkpoint(run.last, training.checkpoint(resumable=True))
+                raise stop_here()
+            best = training.finish_epoch(valid)
+            if record is not None:
+                if best:
+                    save_checkpoint(run.best, training.checkpoint(resumable=False))
+                record.add(training.metrics)
+            save_last()
             pace.report()
     report(training.finished)
+
+
+def _show(bar: Any, training: Training, progress: Progress) -> None:
+    bar.set_description(f"epoch {training.position.epoch + 1}", refresh=False)
+    best_loss = training.position.best_loss
+    best = {} if best_loss is None else {"best": f"{best_loss:.3f}"}
+    bar.set_postfix(loss=f"{progress.loss:.3f}", **best, refresh=False)
+    bar.update(progress.num_excerpts)
+
+
+class _Record:
+    """Keeps the metrics of a run, as lines and as TensorBoard events."""
+
+    def __init__(self, run: Run, num_epochs: int) -> None:
+        self._run = run
+        run.trim_metrics(num_epochs)
+        self._events = EventLog(run.folder, num_epochs)
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self._run.append_metrics(metrics)
+        self._events.add(metrics["epoch"], _flatten(metrics))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._events.__exit__(*error)
 
 
 class _Pace:
@@ -215,7 +268,7 @@ class _Pace:
 def describe_place(training: Training) -> str:
     """Say how far a training has come."""
     position = training.position
-    return f"epoch {position.epoch + 1}, {position.batch} of {training.num_batches} batches"
+    return f"epoch {position.epoch + 1}, {position.batch} of {training.splits.num_batches} batches"
 
 
 def _flatten(metrics: dict[str, Any]) -> dict[str, float]:

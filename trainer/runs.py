@@ -74,11 +74,12 @@ class Run:
         return began and not (self.best.exists() or self.last.exists())
 
     def require_writable(self) -> None:
-        """Raise RunError unless files can be made in the folder."""
+        """Raise RunError unless files can be made in the folder; remove what a kill left there."""
         probe = self.folder / f".{os.getpid()}.part"
         try:
             probe.touch()
-            probe.unlink()
+            for path in self.folder.glob(".*.part"):
+                path.unlink()
         except OSError as error:
             raise self._unusable(error) from error
 

@@ -1,7 +1,7 @@
-"""CrossNet-Open-Unmix (X-UMX) and the short-time Fourier transform around it.
+"""CrossNet-Open-Unmix (X-UMX).
 
-Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, W windows, D latent,
-E embedding dimensions; H hidden units. A spectrum is NBCF, a stack of them SNBCF.
+Shape suffixes: S sources, B batch, C channels, N frames, F bins, D latent, E embedding dimensions;
+H hidden units, X features of a layer, M rows: frames of all excerpts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flsep.trainer.parallel import BatchNorm
 
 # Buffers of the public implementation's own transform; here the transform has no state.
 PUBLIC_WINDOWS = ("encoder.0.window", "decoder.window")
@@ -41,8 +44,9 @@ class XUMX(nn.Module):
     """CrossNet-Open-Unmix for any number of sources and channels.
 
     Sawata et al., "All for one and one for all: improving music separation by bridging networks",
-    ICASSP 2021. Parameters carry the names of the public PyTorch implementation, so that its
-    checkpoints load by name (`load_public_state`).
+    ICASSP 2021. Encoders and decoders of all sources are computed together: their parameters are
+    stacked over the sources, so that a layer is one product. `public_state` and
+    `load_public_state` translate to the names of the public PyTorch implementation and back.
 
     Parameters
     ----------
@@ -105,38 +109,34 @@ class XUMX(nn.Module):
         self.hidden_size = hidden_size
         self.condition_size = condition_size
 
-        self.layer_enc = nn.ModuleDict()
-        self.layer_lstm = nn.ModuleDict()
-        self.layer_dec = nn.ModuleDict()
-        self.mean_scale = nn.ParameterDict()
-        mean_F = _statistic("input_mean", input_mean, 0.0, max_bin)
-        scale_F = _statistic("input_scale", input_scale, 1.0, max_bin)
-        for source in self.sources:
-            encoder = nn.Sequential(
-                nn.Linear(num_channels * max_bin, hidden_size, bias=False),
-                nn.BatchNorm1d(hidden_size),
-                nn.Tanh(),
-            )
-            decoder = nn.Sequential(
-                nn.Linear(self.latent_size + condition_size, hidden_size, bias=False),
-                nn.BatchNorm1d(hidden_size),
-                nn.ReLU(),
-                nn.Linear(hidden_size, num_channels * num_bins, bias=False),
-                nn.BatchNorm1d(num_channels * num_bins),
-            )
-            self.layer_enc[source] = nn.ModuleDict({"enc": encoder})
-            self.layer_lstm[source] = nn.LSTM(
+        def stack(num_inputs: int, num_outputs: int) -> nn.Parameter:
+            layers = [nn.Linear(num_inputs, num_outputs, bias=False) for _ in sources]
+            return nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
+
+        def repeat(vector_F: Tensor) -> nn.Parameter:
+            return nn.Parameter(vector_F.repeat(len(sources), 1))
+
+        self.input_mean_SF = repeat(_statistic("input_mean", input_mean, 0.0, max_bin))
+        self.input_scale_SF = repeat(_statistic("input_scale", input_scale, 1.0, max_bin))
+        self.encoder_SHX = stack(num_channels * max_bin, hidden_size)
+        self.encoder_norm = BatchNorm(len(sources) * hidden_size)
+        self.lstms = nn.ModuleList(
+            nn.LSTM(
                 hidden_size,
                 hidden_size // 2,
                 num_layers=num_layers,
                 dropout=dropout,
                 bidirectional=True,
             )
-            self.layer_dec[source] = nn.ModuleDict({"dec": decoder})
-            self.mean_scale[f"input_mean_{source}"] = nn.Parameter(mean_F.clone())
-            self.mean_scale[f"input_scale_{source}"] = nn.Parameter(scale_F.clone())
-            self.mean_scale[f"output_mean_{source}"] = nn.Parameter(torch.ones(num_bins))
-            self.mean_scale[f"output_scale_{source}"] = nn.Parameter(torch.ones(num_bins))
+            for _ in sources
+        )
+        self.decoder_SHD = stack(self.latent_size + condition_size, hidden_size)
+        self.decoder_norm = BatchNorm(len(sources) * hidden_size)
+        self.output_SXH = stack(hidden_size, num_channels * num_bins)
+        self.output_norm = BatchNorm(len(sources) * num_channels * num_bins)
+        self.output_mean_SF = repeat(torch.ones(num_bins))
+        self.output_scale_SF = repeat(torch.ones(num_bins))
+        self._streams: list[torch.cuda.Stream] = []
 
     @property
     def latent_size(self) -> int:
@@ -165,21 +165,98 @@ class XUMX(nn.Module):
             If a shape does not fit the separator.
         """
         self._check_input(mixture_NBCF, condition_NBE)
-        cropped_NBCF = mixture_NBCF[..., : self.max_bin]
-        encoded = [self._encode(source, cropped_NBCF) for source in self.sources]
-        bridged_NBH = torch.stack(encoded).mean(0)  # bridge 1
-        latents_SNBD = torch.stack(
-            [
-                torch.cat([own_NBH, self.layer_lstm[source](bridged_NBH)[0]], dim=-1)
-                for source, own_NBH in zip(self.sources, encoded, strict=True)
-            ]
-        )
+        encoded_NBSH = self._encode(mixture_NBCF)
+        recurrent_SNBH = self._recur(encoded_NBSH.mean(2))  # bridge 1
+        latents_SNBD = torch.cat([encoded_NBSH.movedim(2, 0), recurrent_SNBH], dim=-1)
         shared_NBD = latents_SNBD.mean(0)  # bridge 2
         decoder_input = shared_NBD
         if condition_NBE is not None:
             decoder_input = torch.cat([shared_NBD, condition_NBE.to(shared_NBD.dtype)], dim=-1)
-        masks_SNBCF = torch.stack([self._decode(name, decoder_input) for name in self.sources])
-        return Separation(masks_SNBCF * mixture_NBCF, shared_NBD, latents_SNBD)
+        masks_NBSCF = self._decode(decoder_input)
+        estimates_NBSCF = masks_NBSCF * mixture_NBCF[:, :, None]
+        return Separation(estimates_NBSCF.movedim(2, 0), shared_NBD, latents_SNBD)
+
+    def compile_layers(self) -> None:
+        """Let `torch.compile` fuse encoders and decoders; it cannot do the BLSTMs any better."""
+        self._encode = torch.compile(self._encode)  # type: ignore[method-assign]
+        self._decode = torch.compile(self._decode)  # type: ignore[method-assign]
+
+    def _encode(self, mixture_NBCF: Tensor) -> Tensor:
+        # Scale and shift go into the product, (x + m) s W = x (s W) + m (s W), so that all
+        # sources share one input instead of each standardising its own copy.
+        weight_SHCF = self.encoder_SHX.unflatten(-1, (self.num_channels, self.max_bin))
+        weight_SHCF = weight_SHCF * self.input_scale_SF[:, None, None]
+        shift_SH = torch.einsum("shcf,sf->sh", weight_SHCF, self.input_mean_SF)
+        input_NBX = mixture_NBCF[..., : self.max_bin].flatten(-2)
+        encoded_NBX = F.linear(input_NBX, weight_SHCF.flatten(0, 1).flatten(1), shift_SH.flatten())
+        encoded_NBSH: Tensor = torch.tanh(self.encoder_norm(encoded_NBX)).unflatten(
+            -1, shift_SH.shape
+        )
+        return encoded_NBSH
+
+    def _recur(self, bridged_NBH: Tensor) -> Tensor:
+        if not bridged_NBH.is_cuda:
+            return torch.stack([lstm(bridged_NBH)[0] for lstm in self.lstms])
+        # One BLSTM leaves most of a GPU idle; autograd runs each backward on its own stream too.
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(bridged_NBH.device) for _ in self.lstms]
+        current = torch.cuda.current_stream(bridged_NBH.device)
+        outputs = []
+        for lstm, stream in zip(self.lstms, self._streams, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                outputs.append(lstm(bridged_NBH)[0])
+        for output, stream in zip(outputs, self._streams, strict=True):
+            current.wait_stream(stream)
+            bridged_NBH.record_stream(stream)
+            output.record_stream(current)
+        return torch.stack(outputs)
+
+    def _decode(self, latent_NBX: Tensor) -> Tensor:
+        num_sources, size = len(self.sources), latent_NBX.shape[:2]
+        hidden_NBX = self.decoder_norm(F.linear(latent_NBX, self.decoder_SHD.flatten(0, 1)))
+        hidden_MSH = torch.relu(hidden_NBX).unflatten(-1, (num_sources, -1)).flatten(0, 1)
+        output_SMX = torch.bmm(hidden_MSH.transpose(0, 1), self.output_SXH.mT)
+        output_NBX = output_SMX.transpose(0, 1).flatten(1).unflatten(0, size)
+        # Scale and shift go into batch norm's own, (g y + b) s + m = (g s) y + (b s + m).
+        shape = (num_sources, self.num_channels, self.num_bins)
+        scale_SCF, mean_SCF = self.output_scale_SF[:, None], self.output_mean_SF[:, None]
+        gain_SCF = self.output_norm.weight.view(shape) * scale_SCF
+        shift_SCF = self.output_norm.bias.view(shape) * scale_SCF + mean_SCF
+        output_NBX = self.output_norm(output_NBX, gain_SCF.flatten(), shift_SCF.flatten())
+        masks_NBSCF: Tensor = torch.relu(output_NBX).unflatten(-1, shape)
+        return masks_NBSCF
+
+    def public_state(self) -> dict[str, Tensor]:
+        """Return the state under the names of the public implementation, source by source.
+
+        The tensors are views of the separator's own, but for the counts of batches.
+        """
+        state: dict[str, Tensor] = {}
+        num_sources = len(self.sources)
+        for number, source in enumerate(self.sources):
+            own = {
+                f"layer_enc.{source}.enc.0.weight": self.encoder_SHX[number],
+                f"layer_dec.{source}.dec.0.weight": self.decoder_SHD[number],
+                f"layer_dec.{source}.dec.3.weight": self.output_SXH[number],
+                f"mean_scale.input_mean_{source}": self.input_mean_SF[number],
+                f"mean_scale.input_scale_{source}": self.input_scale_SF[number],
+                f"mean_scale.output_mean_{source}": self.output_mean_SF[number],
+                f"mean_scale.output_scale_{source}": self.output_scale_SF[number],
+            }
+            norms = {
+                f"layer_enc.{source}.enc.1": self.encoder_norm,
+                f"layer_dec.{source}.dec.1": self.decoder_norm,
+                f"layer_dec.{source}.dec.4": self.output_norm,
+            }
+            for prefix, norm in norms.items():
+                for name, value in norm.state_dict().items():
+                    part = value.view(num_sources, -1)[number] if value.ndim else value.clone()
+                    own[f"{prefix}.{name}"] = part
+            for name, value in self.lstms[number].state_dict().items():
+                own[f"layer_lstm.{source}.{name}"] = value
+            state |= {name: value.detach() for name, value in own.items()}
+        return state
 
     def load_public_state(self, state: Mapping[str, Tensor]) -> None:
         """Load a state of the public implementation, strictly by name.
@@ -194,27 +271,22 @@ class XUMX(nn.Module):
         ValueError
             If a name is missing or unknown, or a shape differs.
         """
-        own = {name: value for name, value in state.items() if name not in PUBLIC_WINDOWS}
-        try:
-            self.load_state_dict(own)
-        except RuntimeError as error:
-            reason = str(error).split("\n\t", 2)[1].strip()
-            raise ValueError(
-                f"the state does not fit this X-UMX (sources {', '.join(self.sources)}): {reason}"
-            ) from error
-
-    def _encode(self, source: str, cropped_NBCF: Tensor) -> Tensor:
-        mean_F = self.mean_scale[f"input_mean_{source}"]
-        scale_F = self.mean_scale[f"input_scale_{source}"]
-        input_NBX = ((cropped_NBCF + mean_F) * scale_F).flatten(-2)
-        return _per_frame(self.layer_enc[source]["enc"], input_NBX)  # type: ignore[index]
-
-    def _decode(self, source: str, latent_NBX: Tensor) -> Tensor:
-        decoded_NBX = _per_frame(self.layer_dec[source]["dec"], latent_NBX)  # type: ignore[index]
-        decoded_NBCF = decoded_NBX.unflatten(-1, (self.num_channels, self.num_bins))
-        scale_F = self.mean_scale[f"output_scale_{source}"]
-        mean_F = self.mean_scale[f"output_mean_{source}"]
-        return torch.relu(decoded_NBCF * scale_F + mean_F)
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        for name in PUBLIC_WINDOWS:
+            found.pop(name, None)
+        wanted = {name: tuple(value.shape) for name, value in self.public_state().items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"the state does not fit this X-UMX (sources {', '.join(self.sources)}): "
+                    f"{name} has shape {found.get(name, 'none')}, "
+                    f"expected {wanted.get(name, 'none')}"
+                )
+        for name, value in self.public_state().items():
+            value.copy_(state[name])
+        counted = state[f"layer_enc.{self.sources[0]}.enc.1.num_batches_tracked"]
+        for norm in (self.encoder_norm, self.decoder_norm, self.output_norm):
+            norm.num_batches_tracked.copy_(counted)
 
     def _check_input(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None) -> None:
         wanted = (self.num_channels, self.num_bins)
@@ -288,111 +360,6 @@ def standardize_input(
     return (-mean).astype(np.float32), scale.astype(np.float32)
 
 
-def analyse(waveform_BCT: Tensor, n_fft: int, hop: int) -> Tensor:
-    """Transform waveforms: periodic Hann window, centred, reflect-padded, not normalised.
-
-    Parameters
-    ----------
-    waveform_BCT : Tensor
-        float32 [..., batch, channel, sample].
-    n_fft, hop : int
-        Length of the transform and distance between frames, in samples.
-
-    Returns
-    -------
-    Tensor
-        complex64 [..., frame, batch, channel, bin], with 1 + samples // hop frames.
-
-    Raises
-    ------
-    ValueError
-        If the waveform is too short to be reflected.
-    """
-    num_samples = waveform_BCT.shape[-1]
-    if num_samples <= n_fft // 2:
-        raise ValueError(
-            f"a waveform of {num_samples} samples is too short for n_fft {n_fft}: "
-            f"it needs more than {n_fft // 2} samples; pad it"
-        )
-    window_T = torch.hann_window(n_fft, dtype=waveform_BCT.dtype, device=waveform_BCT.device)
-    spectrum_XFN = torch.stft(
-        waveform_BCT.reshape(-1, num_samples),
-        n_fft,
-        hop_length=hop,
-        window=window_T,
-        center=True,
-        pad_mode="reflect",
-        normalized=False,
-        onesided=True,
-        return_complex=True,
-    )
-    spectrum_BCFN: Tensor = spectrum_XFN.unflatten(0, waveform_BCT.shape[:-1])
-    return spectrum_BCFN.movedim(-1, -4)
-
-
-def synthesise(spectrum_NBCF: Tensor, hop: int, num_samples: int | None = None) -> Tensor:
-    """Invert `analyse`.
-
-    Parameters
-    ----------
-    spectrum_NBCF : Tensor
-        complex64 [..., frame, batch, channel, bin].
-    hop : int
-        Distance between frames in samples.
-    num_samples : int, optional
-        Length of the result; hop times (frames - 1) when not given.
-
-    Returns
-    -------
-    Tensor
-        float32 [..., batch, channel, sample].
-    """
-    spectrum_BCFN = spectrum_NBCF.movedim(-4, -1)
-    n_fft = 2 * (spectrum_BCFN.shape[-2] - 1)
-    window_T = torch.hann_window(n_fft, dtype=spectrum_NBCF.real.dtype, device=spectrum_NBCF.device)
-    waveform_XT = torch.istft(
-        spectrum_BCFN.flatten(0, -3),
-        n_fft,
-        hop_length=hop,
-        window=window_T,
-        center=True,
-        normalized=False,
-        onesided=True,
-        length=num_samples,
-    )
-    waveform_BCT: Tensor = waveform_XT.unflatten(0, spectrum_BCFN.shape[:-2])
-    return waveform_BCT
-
-
-def time_signals(
-    estimates_SNBCF: Tensor, mixture_NBCF: Tensor, hop: int, num_samples: int | None = None
-) -> Tensor:
-    """Give magnitudes the mixture's phase and transform them back.
-
-    Parameters
-    ----------
-    estimates_SNBCF : Tensor
-        Magnitudes, float32 [source, frame, batch, channel, bin].
-    mixture_NBCF : Tensor
-        Spectrum of the mixture, complex64 [frame, batch, channel, bin].
-    hop, num_samples : int
-        As for `synthesise`.
-
-    Returns
-    -------
-    Tensor
-        Waveforms, float32 [source, batch, channel, sample].
-    """
-    magnitude_NBCF = mixture_NBCF.abs()
-    phase_NBCF = mixture_NBCF / magnitude_NBCF.clamp_min(torch.finfo(magnitude_NBCF.dtype).tiny)
-    return synthesise(estimates_SNBCF * phase_NBCF, hop, num_samples)
-
-
-def _per_frame(layer: nn.Module, input_NBX: Tensor) -> Tensor:
-    output_NBX: Tensor = layer(input_NBX.flatten(0, 1)).unflatten(0, input_NBX.shape[:2])
-    return output_NBX
-
-
 def _statistic(name: str, value: ArrayLike | None, default: float, max_bin: int) -> Tensor:
     if value is None:
         return torch.full((max_bin,), default)
@@ -413,7 +380,3 @@ def _check(holds: bool, name: str, value: object, expected: str) -> None:
 def _check_sources(sources: tuple[str, ...]) -> None:
     _check(len(sources) >= 2, "sources", sources, "two or more names")
     _check(len(set(sources)) == len(sources), "sources", sources, "names that differ")
-    for source in sources:
-        # A source names a submodule: torch refuses dots, blanks and its own attributes.
-        taken = "." in source or not source or hasattr(nn.ModuleDict(), source)
-        _check(not taken, "a source's name", repr(source), "a word without dots; rename the source")

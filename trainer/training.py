@@ -1,35 +1,40 @@
 """A model in training: its data, its loss, its optimizer, and how far they have come."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flsep.cache import Shards
 from flsep.trainer.approaches import check_combination
+from flsep.trainer.batches import Batch
 from flsep.trainer.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_weights,
-    pack_optimizer,
     require_same_data,
-    unpack_optimizer,
+    take,
 )
+from flsep.trainer.clock import WaitClock
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.data import Batch, Reader, assemble, load_batches
-from flsep.trainer.excerpts import ConsecutiveExcerpts, DataError, Grid, RandomExcerpts
-from flsep.trainer.losses import SeparationLoss
+from flsep.trainer.excerpts import Part
 from flsep.trainer.model import build_model
+from flsep.trainer.objective import (
+    NonFiniteLossError,
+    Objective,
+    explain_non_finite,
+    find_bad_data,
+)
+from flsep.trainer.parallel import gather_objects, sum_over_ranks
 from flsep.trainer.runs import list_packages
-from flsep.trainer.separator import time_signals
-
-
-class NonFiniteLossError(ValueError):
-    """A loss that is NaN or infinite; the step was not taken."""
+from flsep.trainer.splits import Splits
+from flsep.trainer.updates import Updates
 
 
 @dataclass(slots=True)
@@ -48,8 +53,12 @@ class Position:
         Lowest validation loss.
     best_epoch : int
         When that was.
+    gradient_norms : float
+        Sum over the steps of this epoch.
+    num_steps : int
+        How many that were.
     seconds, waited_seconds : float
-        Spent on this epoch's training so far, and how much of it waiting for data.
+        Spent on this epoch's training so far, and how much of it the device waited for data.
     """
 
     epoch: int = 0
@@ -58,8 +67,29 @@ class Position:
     sums: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
     best_epoch: int = -1
+    gradient_norms: float = 0.0
+    num_steps: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a batch has brought.
+
+    Attributes
+    ----------
+    num_excerpts : int
+        In all processes.
+    loss : float
+        The total.
+    is_step : bool
+        Whether the weights were updated: between two updates nothing can be saved.
+    """
+
+    num_excerpts: int
+    loss: float
+    is_step: bool
 
 
 class Training:
@@ -75,156 +105,191 @@ class Training:
         Where to compute.
     num_workers : int
         Threads that read.
+    part : Part
+        Which process this is, of those that train together (`flsep.trainer.parallel.join`).
+    resident : {'device', 'host'} or None
+        Load all data into the memory of the device or the host first.
+    report : callable, optional
+        Called with the bytes loaded so far, and all there are.
 
     Raises
     ------
     ValueError
-        If configuration and data do not suit each other.
+        If configuration, data and device do not suit each other.
     CacheError
         If shards are missing or truncated.
     """
 
     def __init__(
-        self, config: TrainConfig, shards: Shards, *, device: torch.device, num_workers: int
+        self,
+        config: TrainConfig,
+        shards: Shards,
+        *,
+        device: torch.device,
+        num_workers: int,
+        part: Part = Part(),  # noqa: B008 - immutable
+        resident: str | None = None,
+        report: Callable[[int, int], None] | None = None,
     ) -> None:
-        approach, data, optim = config.approach, config.data, config.optim
-        check_combination(approach.name, data.mixing, approach.teacher_signal)
-        self.config, self.device, self.num_workers = config, device, num_workers
+        approach = config.approach
+        check_combination(approach.name, config.data.mixing, approach.teacher_signal)
+        self.config, self.device, self.part = config, device, part
         self.layout, self.fingerprint = shards.layout, shards.index.fingerprint
-        shards.check_files("train", "valid")
-        grid = self.grid = Grid(shards.layout, data.excerpt_seconds)
-        self._check_window()
-        self.train_tracks, train_short = grid.split_by_length(shards, "train")
-        self.valid_tracks, valid_short = grid.split_by_length(shards, "valid")
-        self.reader = Reader(
-            shards, grid, None if approach.name == "none" else approach.teacher_signal
+        self.objective = Objective(config, device, shards.layout.hop_samples)
+        self.splits = Splits(
+            config,
+            shards,
+            device=device,
+            num_workers=num_workers,
+            part=part,
+            resident=resident,
+            report=report,
         )
-        self.short_tracks = train_short + valid_short
-        self.train_excerpts = RandomExcerpts(grid, self.train_tracks, data, config.fit.seed)
-        self.valid_excerpts = ConsecutiveExcerpts(grid, self.valid_tracks)
         self.model = build_model(config, shards.layout, shards.index.statistics).to(device)
-        self.separation_loss = SeparationLoss(
-            combine=config.loss.combine, time_weight=config.loss.time_weight
-        )
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer,
-            factor=optim.plateau_factor,
-            patience=optim.plateau_patience,
-            cooldown=optim.plateau_cooldown,
-        )
+        self.updates = Updates(self.model, config.optim)
+        if config.compute.compile:
+            self.model.separator.compile_layers()
+        self._parallel: nn.Module = self.model
+        if part.num_ranks > 1:
+            self._seed_rank(0)
+            self._parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # statistics are those of all processes already
+                gradient_as_bucket_view=True,
+            )
         self.position = Position()
         self.metrics: dict[str, Any] = {}
+        self._earlier_names: list[str] = []
 
-    def _check_window(self) -> None:
-        regularized = self.config.approach.name in ("contrastive", "distance")
-        if regularized and not self.grid.num_whole_windows:
-            raise DataError(
-                f"an excerpt of {self.config.data.excerpt_seconds:g} s holds no whole teacher "
-                f"window of {self.layout.window_seconds:g} s, which {self.config.approach.name} "
-                "compares: use --set data.excerpt_seconds=..."
-            )
+    def _seed_rank(self, epoch: int) -> None:
+        """Let the dropout of the processes differ."""
+        entropy = (self.config.fit.seed, epoch, self.part.rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
-    @property
-    def num_batches(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.train_excerpts) // self.config.data.batch_size)
-
-    def batches(self, split: str, first: int = 0) -> Iterator[Batch]:
-        """Read the batches of this epoch of a split, ``train`` or ``valid``."""
-        return load_batches(
-            self.reader,
-            self.train_excerpts if split == "train" else self.valid_excerpts,
-            epoch=self.position.epoch,
-            batch_size=self.config.data.batch_size,
-            num_workers=self.num_workers,
-            first=first,
-            pin=self.device.type == "cuda",
+    def _batches_of_step(self, batch: int) -> range:
+        """Return the numbers of the batches that make one step with a batch."""
+        size = self.config.optim.accumulate
+        return range(
+            batch - batch % size, min(batch - batch % size + size, self.splits.num_batches)
         )
 
-    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Separate a batch and return every term of the loss as a scalar.
+    def train_batch(self, batch: Batch) -> dict[str, float]:
+        """Train on the next batch; the last one of a step updates the weights.
 
-        ``magnitude`` and ``time`` are the unweighted terms of ``separation``; ``regularizer`` is
-        unweighted too; ``total`` = ``separation`` + weight * ``regularizer`` is what is minimised.
+        Returns
+        -------
+        dict of str to float
+            Every term of the loss, over all processes, and the ``gradient_norm`` of a step.
+
+        Raises
+        ------
+        NonFiniteLossError
+            Before a loss or a gradient that is not finite would spoil the weights.
         """
-        example = assemble(batch, self.device, self.layout.hop_samples)
-        separation = self.model(example.mixture_NBCF.abs(), example.windows)
-        terms = self.separation_loss(
-            estimates_SNBCF=separation.estimates_SNBCF,
-            references_SNBCF=example.references_SNBCF,
-            estimates_SBCT=time_signals(
-                separation.estimates_SNBCF, example.mixture_NBCF, self.layout.hop_samples
-            ),
-            references_SBCT=example.references_SBCT,
-            mixture_BCT=example.mixture_BCT,
-        )
-        total = terms["separation"] = terms.pop("total")
-        if example.windows is not None:
-            terms |= self.model.approach.regularizer(separation, example.windows)
-        if "regularizer" in terms:
-            total = total + self.model.approach.weight * terms["regularizer"]
-        return {**terms, "total": total}
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        """Take one optimizer step; raises NonFiniteLossError before it would spoil the weights."""
         self.model.train()
-        terms = self.compute_loss(batch)
-        values = _to_floats(terms)
-        if not all(map(math.isfinite, values.values())):
-            raise NonFiniteLossError(self._explain_non_finite(values, batch))
-        self.optimizer.zero_grad()
-        terms["total"].backward()
-        self.optimizer.step()
-        return values
+        of_step = self._batches_of_step(self.position.batch)
+        is_first, is_last = (self.position.batch == of_step[k] for k in (0, -1))
+        if is_first:
+            self.updates.start()
+            self._earlier_names = []
+        size, end = self.config.data.batch_size, of_step[-1] + 1
+        in_step = min(end * size, len(self.splits.train_excerpts)) - of_step[0] * size
+        whole, parts = batch.num_in_all / in_step, len(batch) / batch.num_in_all
+        parallel = self._parallel
+        with (
+            nullcontext()
+            if is_last or not isinstance(parallel, DistributedDataParallel)
+            else parallel.no_sync()
+        ):
+            terms = self.objective(parallel, batch)
+            # Gradients are averaged over the processes. Windows are compared in all of them, the
+            # excerpts are not: each process has its share.
+            share = parts * self.part.num_ranks
+            rest = terms["total"] - terms["separation"]
+            (whole * (share * terms["separation"] + rest)).backward()
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        values = sum_over_ranks(values * parts)
+        if is_last:
+            terms["gradient_norm"] = norm = self.updates.gradient_norm()
+            values = torch.cat([values, norm[None]])
+        found = dict(zip(terms, values.tolist(), strict=True))  # waits for the device, once
+        if not all(map(math.isfinite, found.values())):
+            self._refuse_non_finite(found, batch)
+        if is_last:
+            self.updates.apply(norm)
+        self._earlier_names += batch.names
+        return found
 
-    def _explain_non_finite(self, values: dict[str, float], batch: Batch) -> str:
-        finite = torch.isfinite(batch.stft).all(dim=-1).transpose(0, 2).flatten(1).all(dim=1)
-        bad = [name for name, good in zip(batch.names, finite.tolist(), strict=True) if not good]
-        what = "the data of these excerpts hold NaN or infinity" if bad else "the excerpts were"
-        terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        return (
-            f"epoch {self.position.epoch}, batch {self.position.batch}: the loss is not finite "
-            f"({terms}); no step was taken; {what}: {'; '.join(bad or batch.names)}; "
-            + ("precompute them again" if bad else "try a lower optim.learning_rate")
+    def _refuse_non_finite(self, values: dict[str, float], batch: Batch) -> NoReturn:
+        parts = gather_objects(([*self._earlier_names, *batch.names], find_bad_data(batch)))
+        names, bad = ([name for part in parts for name in part[k]] for k in (0, 1))
+        terms = {name: value for name, value in values.items() if name != "gradient_norm"}
+        raise NonFiniteLossError(
+            f"epoch {self.position.epoch}, batch {self.position.batch}: "
+            + explain_non_finite(terms, names, bad)
         )
 
-    def train_epoch(
-        self, stopping: Callable[[], bool], advance: Callable[[int, float], None]
-    ) -> bool:
-        """Train on the rest of the epoch; False when it was asked to stop."""
-        position = self.position
-        batches = self.batches("train", position.batch)
-        began = time.perf_counter()
-        while (batch := next(batches, None)) is not None:
-            position.waited_seconds += time.perf_counter() - began
-            values = self.step(batch)
-            position.batch += 1
-            _add(position.sums, values, len(batch))
-            position.num_excerpts += len(batch)
-            position.seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            advance(len(batch), values["total"])
-            if stopping():
-                return False
-        return True
+    def train_epoch(self) -> Generator[Progress, None, None]:
+        """Train on the rest of the epoch, and say after each batch how it went."""
+        clock, start = WaitClock(self.device), self.position
+        with closing(self.splits.train_batches(start.epoch, start.batch)) as batches:
+            while True:
+                with clock.waiting():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                values = self.train_batch(batch)
+                position = self.position
+                is_step = position.batch == self._batches_of_step(position.batch)[-1]
+                if is_step:
+                    position.gradient_norms += values.pop("gradient_norm")
+                    position.num_steps += 1
+                position.batch += 1
+                position.num_excerpts += batch.num_in_all
+                _add(position.sums, values, batch.num_in_all)
+                spent, waited = clock.lap()
+                position.seconds += spent
+                position.waited_seconds += waited
+                yield Progress(batch.num_in_all, values["total"], is_step)
+                clock.start()
 
     @torch.no_grad()
     def validate(self, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the mean of every term over the validation split; None when asked to stop."""
-        self.model.eval()
+        """Return the mean of every term over the validation split; None when asked to stop.
+
+        Each process validates on whole batches, so that their number changes nothing.
+        """
+        model = self.updates.best_model.eval()
         sums: dict[str, float] = {}
-        for batch in self.batches("valid"):
-            terms = self.compute_loss(batch)
-            values = _to_floats(terms)
-            if not math.isfinite(values["total"]):
-                raise NonFiniteLossError(self._explain_non_finite(values, batch))
-            _add(sums, values, len(batch))
-            if stopping():
-                return None
-        return {name: value / len(self.valid_excerpts) for name, value in sums.items()}
+        with closing(self.splits.valid_batches()) as batches:
+            for _ in range(self.splits.num_valid_rounds):
+                batch = next(batches, None)
+                if batch is not None:
+                    _add(sums, self._validate_batch(model, batch), len(batch))
+                if self.any_rank(stopping()):
+                    return None
+        totals: dict[str, float] = {}
+        for part in gather_objects(sums):
+            _add(totals, part, 1)
+        return {name: value / len(self.splits.valid_excerpts) for name, value in totals.items()}
+
+    def _validate_batch(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        terms = self.objective(model, batch)
+        values = torch.stack([term.float() for term in terms.values()]).tolist()
+        found = dict(zip(terms, values, strict=True))
+        if not math.isfinite(found["total"]):
+            raise NonFiniteLossError(
+                f"epoch {self.position.epoch}, validation: "
+                + explain_non_finite(found, list(batch.names), find_bad_data(batch))
+            )
+        return found
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any process says so; all of them have to ask."""
+        if self.part.num_ranks == 1:
+            return flag
+        return bool(sum_over_ranks(torch.tensor(float(flag), device=self.device)).item())
 
     def finish_epoch(self, valid: dict[str, float]) -> bool:
         """Take stock of an epoch, move on to the next; return whether this one was the best.
@@ -240,12 +305,13 @@ class Training:
             "train": {name: v / position.num_excerpts for name, v in position.sums.items()},
             "valid": valid,
             "best": best,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.updates.learning_rate,
+            "gradient_norm": position.gradient_norms / max(1, position.num_steps),
             "seconds": round(position.seconds, 3),
             "excerpts_per_second": round(position.num_excerpts / position.seconds, 3),
             "data_wait_share": round(position.waited_seconds / position.seconds, 4),
         }
-        self.schedule.step(loss)
+        self.updates.schedule.step(loss)
         self.position = Position(
             epoch=position.epoch + 1,
             best_loss=loss if best else position.best_loss,
@@ -265,23 +331,26 @@ class Training:
         return None
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Return the present state, with or without what resuming needs."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """Return the present state, with or without what resuming needs.
+
+        All processes have to ask for what resuming needs; it is the same in all.
+        """
+        weights = self.model if resumable else self.updates.best_model
+        tensors = {f"model.{name}": value for name, value in weights.state_dict().items()}
         training = None
         if resumable:
-            groups, state = pack_optimizer(self.optimizer)
-            tensors |= state | {"random.cpu": torch.get_rng_state()}
+            training, state = self.updates.pack()
+            training["position"] = asdict(self.position)
+            tensors |= state
+            states = {"cpu": torch.get_rng_state()}
             if self.device.type == "cuda":
-                tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-            training = {
-                "optimizer": groups,
-                "schedule": self.schedule.state_dict(),
-                "position": asdict(self.position),
-            }
+                states["cuda"] = torch.cuda.get_rng_state(self.device)
+            for rank, of_rank in enumerate(gather_objects(states)):
+                tensors |= {f"random.{kind}.{rank}": value for kind, value in of_rank.items()}
         return Checkpoint(
             config=self.config,
             layout=self.layout,
-            standard=self.reader.standard,
+            standard=self.splits.reader.standard,
             fingerprint=self.fingerprint,
             epoch=self.position.epoch,
             metrics=self.metrics,
@@ -305,23 +374,20 @@ class Training:
             )
         if checkpoint.training is None:
             raise CheckpointError(f"{where}: holds weights only; resume from last.safetensors")
-        load_weights(self.model, checkpoint, where)
         training, tensors = checkpoint.training, checkpoint.tensors
-        unpack_optimizer(self.optimizer, training["optimizer"], tensors)
-        self.schedule.load_state_dict(training["schedule"])
+        load_weights(self.model, take(tensors, "model."), where)
+        self.updates.unpack(training, tensors, where)
         self.position = Position(**training["position"])
         self.metrics = checkpoint.metrics
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        rank = self.part.rank
+        if f"random.cpu.{rank}" in tensors:
+            torch.set_rng_state(tensors[f"random.cpu.{rank}"])
+        else:  # there were fewer processes
+            self._seed_rank(1 + self.position.epoch)
+        if self.device.type == "cuda" and f"random.cuda.{rank}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"], self.device)
 
 
 def _add(sums: dict[str, float], values: dict[str, float], weight: int) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value * weight
-
-
-def _to_floats(terms: dict[str, Tensor]) -> dict[str, float]:
-    """Bring all terms to the CPU at once: each transfer waits for the device."""
-    values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-    return dict(zip(terms, values, strict=True))

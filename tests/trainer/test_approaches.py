@@ -16,7 +16,8 @@ from flsep.trainer.approaches import (
     pool_windows,
 )
 from flsep.trainer.losses import SeparationLoss
-from flsep.trainer.separator import XUMX, Separation, analyse, time_signals
+from flsep.trainer.separator import XUMX, Separation
+from flsep.trainer.transform import analyse, time_signals
 
 SOURCES = ("drums", "bass", "vocals")
 NUM_FRAMES, BATCH, NUM_WINDOWS, EMBEDDING_SIZE = 21, 3, 4, 6

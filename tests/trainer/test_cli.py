@@ -202,7 +202,7 @@ def test_running_out_of_gpu_memory_is_one_line(
     def fail(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("long\nstory")
 
-    monkeypatch.setattr(Training, "step", fail)
+    monkeypatch.setattr(Training, "train_batch", fail)
     assert_one_line(command("fit SHARDS --run TMP/run TINY"), "out of GPU memory; use --set data.")
 
 
@@ -211,7 +211,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Send signals from within a step, by its number."""
 
     def install(step_number: int, *numbers: signal.Signals) -> None:
-        inner, count = Training.step, 0
+        inner, count = Training.train_batch, 0
 
         def step(self: Training, batch: Any) -> dict[str, float]:
             nonlocal count
@@ -222,7 +222,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                     signal.raise_signal(number)
             return values
 
-        monkeypatch.setattr(Training, "step", step)
+        monkeypatch.setattr(Training, "train_batch", step)
 
     return install
 
@@ -248,6 +248,41 @@ def test_signals_save_and_say_how_to_go_on(
     assert result.exit_code == 0, result.output
     assert "resumes    at epoch 1, 3 of 5 batches" in result.output
     assert "all 2 epochs are done" in result.output
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    command: Run, shards: Path, tmp_path: Path, tiny_settings: list[str]
+) -> None:
+    arguments = [*tiny_settings, "--set", "separator.num_layers=2", "--set", "fit.epochs=6"]
+    arguments += ["--set", "separator.dropout=0.5", "--approach", "contrastive"]
+    whole = command(f"fit SHARDS --run TMP/whole {shlex.join(arguments)}")
+    assert whole.exit_code == 0, whole.output
+    program = str(Path(sys.executable).with_name("flsep-train"))
+    last = tmp_path / "run" / "last.safetensors"
+    process = subprocess.Popen(
+        [program, "fit", shards, "--run", last.parent, *arguments, "--save-every", "0.0001"],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    position = (load_checkpoint(last).training or {})["position"]
+    assert position["epoch"] < 6
+    resumed = command(f"fit SHARDS --run TMP/run --resume {shlex.join(arguments)}")
+    assert resumed.exit_code == 0, resumed.output
+    for name in ("best", "last"):
+        first, second = (
+            load_checkpoint(tmp_path / run / f"{name}.safetensors").tensors
+            for run in ("whole", "run")
+        )
+        assert first.keys() == second.keys()
+        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert not list((tmp_path / "run").glob(".*"))  # what the killed one was writing
 
 
 def test_a_second_ctrl_c_does_not_wait(

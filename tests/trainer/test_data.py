@@ -1,3 +1,5 @@
+import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,20 @@ import pytest
 import torch
 
 from flsep.cache import DamagedDataError, Layout, Shards, Statistics
+from flsep.trainer import data
 from flsep.trainer.approaches import TeacherWindows
+from flsep.trainer.batches import Batch, allocate_together, assemble
 from flsep.trainer.config import DataConfig
-from flsep.trainer.data import Batch, DataError, Reader, Standard, assemble, load_batches
-from flsep.trainer.excerpts import ConsecutiveExcerpts, Draw, Grid, RandomExcerpts, held_windows
+from flsep.trainer.data import Reader, Standard, load_batches
+from flsep.trainer.excerpts import (
+    ConsecutiveExcerpts,
+    DataError,
+    Draw,
+    Grid,
+    Part,
+    RandomExcerpts,
+    held_windows,
+)
 
 CPU = torch.device("cpu")
 
@@ -35,6 +47,7 @@ def epoch_of(
 
 def assert_same(first: Batch, second: Batch) -> None:
     assert first.names == second.names
+    assert first.num_in_all == second.num_in_all
     assert torch.equal(first.stft, second.stft)
     assert (first.gains is None) == (second.gains is None)
     if first.gains is not None and second.gains is not None:
@@ -55,6 +68,144 @@ def test_batches_do_not_depend_on_workers(epoch_of: Callable[..., list[Batch]]) 
         assert_same(expected, found)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parts_are_the_shares_of_the_same_batches(
+    epoch_of: Callable[..., list[Batch]], num_ranks: int
+) -> None:
+    parts = [epoch_of(num_workers=1, part=Part(rank, num_ranks)) for rank in range(num_ranks)]
+    plain = epoch_of(num_workers=0)
+    # The last batch has 2 excerpts: nothing for a third rank.
+    assert [len(part) for part in parts] == [3, 3, 2][:num_ranks]
+    for number, whole in enumerate(plain):
+        shares = [part[number] for part in parts if number < len(part)]
+        sizes = [len(ix) for ix in np.array_split(range(len(whole)), num_ranks) if len(ix)]
+        assert [len(share) for share in shares] == sizes
+        assert {share.num_in_all for share in shares} == {len(whole)}
+        assert sum((share.names for share in shares), ()) == whole.names
+        assert torch.equal(torch.cat([share.stft for share in shares], 2), whole.stft)
+        if whole.gains is not None:
+            gains = [share.gains for share in shares if share.gains is not None]
+            assert torch.equal(torch.cat(gains, 1), whole.gains)
+        if whole.windows is not None:
+            found = [share.windows for share in shares if share.windows is not None]
+            axis = whole.windows.embeddings.ndim - 3
+            embeddings = torch.cat([windows.embeddings for windows in found], axis)
+            assert torch.equal(embeddings, whole.windows.embeddings)
+            assert torch.equal(torch.cat([w.held for w in found]), whole.windows.held)
+
+
+class Transfer:
+    """Stands for the copies to a GPU: says in which order and in which threads they happen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.main = threading.current_thread()
+        Transfer.last = self
+
+    def note(self, what: str) -> None:
+        self.log.append((what, "main" if threading.current_thread() is self.main else "other"))
+
+    def start(self, batch: Batch) -> tuple[Batch, Any]:
+        moved = batch.over(batch.buffer.clone())
+        batch.buffer.fill_(77)  # it may be used again
+        self.note("start")
+        return moved, "copied"
+
+    def finish(self, batch: Batch, copied: Any) -> Batch:
+        assert copied == "copied"
+        self.note("finish")
+        return batch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_on_the_device_when_they_are_handed_over(
+    epoch_of: Callable[..., list[Batch]], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = epoch_of(num_workers=0)
+    pinned = []
+
+    def allocate(pieces: Any, *, pin: bool) -> Any:
+        pinned.append(pin)
+        return allocate_together(pieces, pin=False)
+
+    monkeypatch.setattr(data, "_Transfer", Transfer)
+    monkeypatch.setattr(data, "allocate_together", allocate)
+    loaded = epoch_of(num_workers=num_workers, device=torch.device("cuda"))
+    for expected, found in zip(plain, loaded, strict=True):
+        assert_same(expected, found)
+    assert pinned == [True] * 3
+    finished = [thread for what, thread in Transfer.last.log if what == "finish"]
+    started = [thread for what, thread in Transfer.last.log if what == "start"]
+    assert finished == ["main"] * 3
+    assert started == ["other" if num_workers else "main"] * 3
+
+
+def test_the_copies_to_a_gpu(
+    epoch_of: Callable[..., list[Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls that make them, in order; what they do only a GPU can show."""
+    log: list[Any] = []
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.device = device
+
+        def record_event(self) -> str:
+            log.append("record")
+            return "event"
+
+        def wait_event(self, event: Any) -> None:
+            log.append(("wait", event))
+
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        def __exit__(self, *_: Any) -> None:
+            log.append("exit")
+
+    consumer = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: consumer)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: log.append((self.data_ptr(), stream))
+    )
+    batch = epoch_of(num_workers=0)[0]
+    monkeypatch.setattr(type(batch), "to", lambda self, device: self.over(self.buffer.clone()))
+    transfer = data._Transfer(torch.device("cuda"))
+    moved, event = transfer.start(batch)
+    assert log == ["enter", "record", "exit"]
+    assert moved.buffer.data_ptr() != batch.buffer.data_ptr()
+    assert_same(transfer.finish(moved, event), batch)
+    assert log[3:] == [("wait", "event"), (moved.buffer.data_ptr(), consumer)]
+
+
+def test_a_moved_batch_is_one_buffer(epoch_of: Callable[..., list[Batch]]) -> None:
+    batch = epoch_of(num_workers=0)[0]
+    moved = batch.over(batch.buffer.clone())
+    assert_same(moved, batch)
+    batch.buffer.zero_()
+    for tensor in (moved.frames, moved.starts, moved.swaps, moved.gains):
+        if tensor is not None:
+            assert tensor.untyped_storage().data_ptr() == moved.buffer.data_ptr()
+            assert (tensor.data_ptr() - moved.buffer.data_ptr()) % 256 == 0
+    assert moved.stft.any()
+
+
+def test_a_pickled_reader_reads_the_same(shards: Path, layout: Layout) -> None:
+    opened = Shards(shards)
+    grid = Grid(layout, 0.7)
+    reader = Reader(opened, grid, "stems")
+    excerpts = ConsecutiveExcerpts(grid, opened.tracks("valid"))
+
+    def load(reader: Reader) -> list[Batch]:
+        return list(load_batches(reader, excerpts, epoch=0, batch_size=3, num_workers=1))
+
+    plain = load(reader)
+    for expected, found in zip(plain, load(pickle.loads(pickle.dumps(reader))), strict=True):
+        assert_same(expected, found)
+
+
 def test_an_excerpt_is_the_stored_slice(
     shards: Path, layout: Layout, tracks: dict[str, tuple[str, np.ndarray]]
 ) -> None:
@@ -62,7 +213,7 @@ def test_an_excerpt_is_the_stored_slice(
     one, two = opened.tracks("train")[:2]
     reader = Reader(opened, Grid(layout, 0.7), None)
     draws = [Draw(((one, 2),), (False,), None), Draw(((two, 1),), (True,), None)]
-    batch = reader.allocate(draws, pin=False)
+    batch = reader.allocate(draws)
     for slot, draw in enumerate(draws):
         reader.fill(batch, slot, draw)
     assert batch.stft.shape == (4, 88, 2, 2, 129, 2)
@@ -83,7 +234,7 @@ def test_original_excerpts_sound_like_the_track(
     one = opened.tracks("train")[0]
     reader = Reader(opened, Grid(layout, 0.7), None)
     draw = Draw(((one, 2),), (True,), None)
-    batch = reader.allocate([draw], pin=False)
+    batch = reader.allocate([draw])
     reader.fill(batch, 0, draw)
     example = assemble(batch, CPU, layout.hop_samples)
     start, length = 75 * 64, 87 * 64
@@ -108,7 +259,7 @@ def test_random_excerpts_are_sums_of_scaled_sources(
     places = ((two, 3), (one, 0), (three, 1))
     swaps, gains = (False, True, False), (0.5, 1.25, 0.25)
     draw = Draw(places, swaps, gains)
-    batch = reader.allocate([draw], pin=False)
+    batch = reader.allocate([draw])
     reader.fill(batch, 0, draw)
     example = assemble(batch, CPU, layout.hop_samples)
     expected = []
@@ -161,7 +312,7 @@ def test_windows_of_the_mixture(shards: Path, layout: Layout) -> None:
     assert reader.standard is not None
     # The last one starts late: its third window is not in the track.
     draws = [Draw(((one, k),), (False,), None) for k in (0, 1, 4, 5)]
-    batch = reader.allocate(draws, pin=False)
+    batch = reader.allocate(draws)
     assert batch.windows is not None
     for slot, draw in enumerate(draws):
         reader.fill(batch, slot, draw)
@@ -182,7 +333,7 @@ def test_windows_of_stems_from_different_places(shards: Path, layout: Layout) ->
     reader = Reader(opened, grid, "stems")
     assert reader.standard is not None
     draw = Draw(((two, 3), (one, 0), (three, 5)), (False,) * 3, (1.0, 0.5, 1.0))
-    batch = reader.allocate([draw], pin=False)
+    batch = reader.allocate([draw])
     reader.fill(batch, 0, draw)
     assert batch.windows is not None
     assert batch.windows.embeddings.shape == (3, 1, 3, 6)
@@ -257,8 +408,16 @@ def test_a_damaged_shard_is_named_when_it_is_due(
         next(batches)
 
 
-def test_the_batch_is_read_by_threads_that_end(epoch_of: Callable[..., list[Batch]]) -> None:
-    import threading
-
+def test_the_batch_is_read_by_threads_that_end(
+    epoch_of: Callable[..., list[Batch]], shards: Path, layout: Layout
+) -> None:
     epoch_of(num_workers=3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("flsep-read")]
+    opened, grid = Shards(shards), Grid(layout, 0.1)
+    excerpts = ConsecutiveExcerpts(grid, opened.tracks("train"))
+    batches = load_batches(
+        Reader(opened, grid, None), excerpts, epoch=0, batch_size=1, num_workers=2
+    )
+    next(batches)
+    batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("flsep-read")]

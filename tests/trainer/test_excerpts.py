@@ -9,11 +9,14 @@ import pytest
 from flsep.cache import Layout, Shards, TrackRecord
 from flsep.trainer.config import DataConfig
 from flsep.trainer.excerpts import (
+    BatchesOfRank,
     ConsecutiveExcerpts,
     DataError,
     Grid,
+    Part,
     RandomExcerpts,
     held_windows,
+    smallest_batch,
 )
 
 
@@ -45,11 +48,83 @@ def test_grid_by_hand(layout: Layout) -> None:
 def test_starts_keep_the_whole_excerpt_inside(layout: Layout) -> None:
     grid = Grid(layout, 0.7)
     # 2 s: 251 frames, so that an excerpt starts at frame 163 at the latest; window 4 at 150.
-    assert grid.starts(record("a", layout, 16000, 6)) == [0, 1, 2, 3, 4]
-    assert grid.starts(record("a", layout, 5600, 2)) == [0]
-    assert grid.starts(record("a", layout, 5567, 2)) == []
+    assert grid.starts(record("a", layout, 16000, 6)) == range(5)
+    assert grid.starts(record("a", layout, 5600, 2)) == range(1)
+    assert grid.starts(record("a", layout, 5567, 2)) == range(0)
     # No embedding starts beyond the last window.
-    assert grid.starts(record("a", layout, 16000, 2)) == [0, 1]
+    assert grid.starts(record("a", layout, 16000, 2)) == range(2)
+
+
+def plain_starts(grid: Grid, track: TrackRecord) -> list[int]:
+    last_frame = track.num_frames - grid.num_frames
+    return [k for k in range(track.num_windows) if grid.first_frame(k) <= last_frame]
+
+
+def plain_places(grid: Grid, track: TrackRecord) -> list[int]:
+    """Where the excerpts of a track start that cover it, one after the other."""
+    starts, places = plain_starts(grid, track), [0]
+    while places[-1] < starts[-1]:
+        end = grid.first_frame(places[-1]) + grid.num_frames
+        following = [k for k in starts if grid.first_frame(k) <= end][-1]
+        places.append(max(places[-1] + 1, following))
+    return places
+
+
+@pytest.mark.parametrize("window_hop_seconds", [0.3, 0.96, 0.032, 0.004])
+@pytest.mark.parametrize("excerpt_seconds", [0.1, 0.7, 1.1])
+def test_starts_and_places_by_plain_loops(
+    layout: Layout, excerpt_seconds: float, window_hop_seconds: float
+) -> None:
+    layout = replace(layout, window_hop_seconds=window_hop_seconds)
+    grid = Grid(layout, excerpt_seconds)
+    rng = np.random.default_rng(0)
+    tracks = []
+    for number, num_samples in enumerate([1, 7680, 7679, 15360, *rng.integers(1, 30000, 40)]):
+        num_windows = max(1, int(num_samples / (window_hop_seconds * 8000)))
+        tracks.append(record(str(number), layout, int(num_samples), num_windows))
+        assert list(grid.starts(tracks[-1])) == plain_starts(grid, tracks[-1])
+    tracks = [track for track in tracks if grid.starts(track)]
+    excerpts = ConsecutiveExcerpts(grid, tracks)
+    expected = [(track, k) for track in tracks for k in plain_places(grid, track)]
+    assert [excerpts.draw(0, index).places[0] for index in range(len(excerpts))] == expected
+    with pytest.raises(IndexError, match=f"excerpt {len(excerpts)} of {len(excerpts)}"):
+        excerpts.draw(0, len(excerpts))
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_shares_are_those_of_array_split(count: int, num_ranks: int) -> None:
+    indices = range(100, 100 + count)
+    shares = [list(Part(rank, num_ranks).share(indices)) for rank in range(num_ranks)]
+    assert shares == [part.tolist() for part in np.array_split(indices, num_ranks)]
+
+
+@pytest.mark.parametrize("num_tracks", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_whole_batches_of_each_rank_in_turn(
+    layout: Layout, num_ranks: int, num_tracks: int
+) -> None:
+    grid, size = Grid(layout, 0.7), 4
+    tracks = [record(str(number), layout, 16000, 6) for number in range(num_tracks)]
+    excerpts = ConsecutiveExcerpts(grid, tracks)  # 3 of each
+    batches = [
+        [excerpts.draw(0, k) for k in range(start, min(start + size, len(excerpts)))]
+        for start in range(0, len(excerpts), size)
+    ]
+    for rank in range(num_ranks):
+        own = BatchesOfRank(excerpts, size, Part(rank, num_ranks))
+        drawn = [own.draw(0, index) for index in range(len(own))]
+        assert drawn == [draw for batch in batches[rank::num_ranks] for draw in batch]
+
+
+def test_impossible_part() -> None:
+    with pytest.raises(ValueError, match=r"rank is 2; expected one in \[0, 2\)"):
+        Part(2, 2)
+
+
+def test_smallest_batch_by_hand() -> None:
+    cases = {(32, 16): 16, (33, 16): 1, (47, 16): 15, (7, 16): 7, (16, 16): 16}
+    assert {pair: smallest_batch(*pair) for pair in cases} == cases
 
 
 def test_held_windows_by_a_plain_loop(layout: Layout) -> None:

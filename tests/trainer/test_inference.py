@@ -21,7 +21,7 @@ from flsep.trainer.inference import (
     separate_file,
 )
 from flsep.trainer.model import build_model
-from flsep.trainer.separator import analyse, synthesise, time_signals
+from flsep.trainer.transform import analyse, synthesise, time_signals
 
 CPU = torch.device("cpu")
 # norbert 0.2.1 takes a function from where SciPy no longer wants it.

@@ -29,6 +29,9 @@ SETTINGS = (
     "data.mixing=random",
     "approach.teacher_signal=stems",
     "optim.plateau_patience=0",
+    "optim.accumulate=2",
+    "optim.clip_norm=0.5",
+    "optim.ema_decay=0.75",
     "fit.epochs=3",
 )
 
@@ -93,8 +96,8 @@ def assert_same_state(first: Run, second: Run) -> None:
         assert one.epoch == two.epoch
 
 
-# An epoch asks 5 times while it trains, twice while it validates.
-@pytest.mark.parametrize("num_batches", [1, 5, 6, 8, 17])
+# An epoch asks 3 times while it trains, a step of two batches each, twice while it validates.
+@pytest.mark.parametrize("num_batches", [1, 3, 4, 6, 13])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     start: Callable[..., Training],
     run: Run,
@@ -105,7 +108,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAfter(num_batches))
-        with pytest.raises(Stopped, match=f"epoch {1 + (num_batches - 1) // 7}"):
+        with pytest.raises(Stopped, match=f"epoch {1 + (num_batches - 1) // 5}"):
             fit(start(*SETTINGS), run, report=lambda line: None)
     torch.manual_seed(99)
     resumed = start(*SETTINGS, num_workers=3)
@@ -144,6 +147,22 @@ def test_a_run_that_died_without_notice_goes_on_from_its_last_epoch(
     assert read_metrics(run.folder) == read_metrics(whole.folder)
 
 
+def test_a_run_saves_within_an_epoch(
+    start: Callable[..., Training], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+    save = loop.save_checkpoint
+
+    def note(path: Path, checkpoint: Any) -> None:
+        if path == run.last:
+            places.append((checkpoint.epoch, checkpoint.training["position"]["batch"]))
+        save(path, checkpoint)
+
+    monkeypatch.setattr(loop, "save_checkpoint", note)
+    fit(start(*SETTINGS, "fit.epochs=1"), run, report=lambda line: None, seconds_between_saves=0)
+    assert places == [(0, 2), (0, 4), (0, 5), (1, 0)]
+
+
 def test_a_run_says_how_it_went(start: Callable[..., Training], run: Run) -> None:
     lines: list[str] = []
     fit(start("approach.name=distance"), run, report=lines.append)
@@ -155,7 +174,7 @@ def test_a_run_says_how_it_went(start: Callable[..., Training], run: Run) -> Non
     for epoch in epochs:
         assert epoch.keys() == {
             "epoch", "train", "valid", "best", "learning_rate", "seconds",
-            "excerpts_per_second", "data_wait_share",
+            "excerpts_per_second", "data_wait_share", "gradient_norm",
         }  # fmt: skip
         terms = {"magnitude", "time", "separation", "regularizer", "num_windows", "total"}
         assert epoch["train"].keys() == epoch["valid"].keys() == terms
@@ -188,14 +207,14 @@ def test_a_non_finite_loss_keeps_the_last_checkpoint(
     start: Callable[..., Training], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start()
-    step = training.step
+    step = training.train_batch
 
     def spoil(batch: Any) -> dict[str, float]:
         if training.position.epoch == 1:
-            batch.stft[:] = torch.nan
+            batch.frames[:] = torch.nan
         return step(batch)
 
-    monkeypatch.setattr(training, "step", spoil)
+    monkeypatch.setattr(training, "train_batch", spoil)
     with pytest.raises(NonFiniteLossError, match="epoch 1, batch 0"):
         fit(training, run, report=lambda line: None)
     assert load_checkpoint(run.last).epoch == 1
@@ -234,7 +253,7 @@ def test_a_description_in_a_few_lines(
         "drums, bass, vocals; 0.0",
         "contrastive with the mixture's embeddings, weight 0.5",
         "windows of 0.3 s, 2 whole ones in an excerpt",
-        "at most 2 epochs on cpu, seed 0",
+        "at most 2 epochs on cpu, float32, seed 0",
     ):
         assert part in text
     assert describe_place(training) == "epoch 1, 0 of 5 batches"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flsep.trainer.losses import SeparationLoss, combinations, magnitude_loss, time_loss
-from flsep.trainer.separator import XUMX, analyse, time_signals
+from flsep.trainer.separator import XUMX
+from flsep.trainer.transform import analyse, time_signals
 
 REFERENCE = Path(__file__).parents[1] / "data" / "xumx.npz"
 

@@ -31,8 +31,8 @@ def test_the_input_is_standardised_by_the_statistics(
     assert statistics is not None
     separator = build_model(tiny(), layout, statistics).separator
     assert separator.max_bin == 65  # 2 kHz of 4 kHz in 129 bins
-    mean = separator.mean_scale["input_mean_bass"].detach().numpy()
-    scale = separator.mean_scale["input_scale_bass"].detach().numpy()
+    mean = separator.input_mean_SF[1].detach().numpy()
+    scale = separator.input_scale_SF[1].detach().numpy()
     np.testing.assert_allclose(mean, -statistics.magnitude_mean[:65], rtol=1e-6)
     np.testing.assert_allclose(scale, 1 / statistics.magnitude_std[:65], rtol=1e-5)
 

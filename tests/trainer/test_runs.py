@@ -76,3 +76,11 @@ def test_the_environment_names_versions() -> None:
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["seed"] == 3
     assert environment["device"] == "cpu"
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / ".last.safetensors.123.part").write_bytes(b"half")
+    run.last.write_bytes(b"whole")
+    run.require_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]

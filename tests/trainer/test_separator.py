@@ -1,19 +1,14 @@
-"""X-UMX and its transform against the reference numbers and hand-worked cases."""
+"""X-UMX against the reference numbers, a plain twin and hand-worked cases."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from plain_xumx import PlainXUMX
 
-from flsep.trainer.separator import (
-    XUMX,
-    analyse,
-    count_bins,
-    standardize_input,
-    synthesise,
-    time_signals,
-)
+from flsep.trainer.separator import XUMX, count_bins, standardize_input
+from flsep.trainer.transform import analyse, time_signals
 
 REFERENCE = Path(__file__).parents[1] / "data" / "xumx.npz"
 SOURCES = ("drums", "bass", "vocals")
@@ -78,17 +73,48 @@ def test_reference_estimates_and_waveforms(reference):
     assert relative_error(waveforms, reference["time_signals"]) < 1e-5
 
 
-def test_state_has_the_public_names_but_the_windows(reference):
-    own = set(reference_separator(reference).state_dict())
-    assert own == set(public_state(reference)) - {"encoder.0.window", "decoder.window"}
+def test_public_state_goes_out_as_it_came_in(reference):
+    separator, state = reference_separator(reference), public_state(reference)
+    separator.load_public_state(state)
+    found = separator.public_state()
+    assert set(found) == set(state) - {"encoder.0.window", "decoder.window"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("num_sources", [2, 4])
+def test_batched_products_equal_the_loop_over_sources(num_sources):
+    sources = SOURCES[:num_sources] if num_sources < 4 else (*SOURCES, "other")
+    separator = small_separator(sources=sources)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in separator.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    plain = PlainXUMX(sources, 2, 9, 5, 4, num_layers=2, dropout=0.0)
+    plain.load_state_dict(separator.public_state())
+    mixture = torch.rand(6, 3, 2, 9, generator=generator)
+    weight = torch.rand(num_sources, 6, 3, 2, 9, generator=generator)
+    found, expected = separator(mixture).estimates_SNBCF, plain(mixture)
+    torch.testing.assert_close(found, expected)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    state = separator.public_state()  # the running statistics have moved alike
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state[name], value)
+    for parameter in separator.parameters():
+        with torch.no_grad():
+            parameter.copy_(parameter.grad)
+    gradients = separator.public_state()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("layer_dec.bass.dec.0.weight", None, r'Missing key.*"layer_dec.bass.dec.0.weight"'),
-        ("layer_dec.piano.dec.0.weight", torch.ones(1), r'Unexpected key.*"layer_dec.piano'),
-        ("mean_scale.input_mean_bass", torch.ones(7), r"size mismatch for mean_scale.input_mean_b"),
+        ("layer_dec.bass.dec.0.weight", None, r"layer_dec.bass.dec.0.weight has shape none"),
+        ("layer_dec.piano.dec.0.weight", torch.ones(1), r"layer_dec.piano.* expected none"),
+        ("mean_scale.input_mean_bass", torch.ones(7), r"input_mean_bass has shape \(7,\), ex"),
     ],
 )
 def test_public_state_that_does_not_fit_is_refused(reference, name, change, message):
@@ -121,7 +147,7 @@ def test_bridge_1_carries_every_source_to_every_blstm():
     mixture = torch.rand(6, 1, 2, 9)
     before = separator(mixture).source_latents_SNBD
     with torch.no_grad():
-        separator.mean_scale["input_mean_vocals"].add_(1.0)
+        separator.input_mean_SF[2] += 1.0
     changed = (separator(mixture).source_latents_SNBD != before).flatten(1, 2).any(1)
     own_half, blstm_half = changed[:, :4], changed[:, 4:]
     assert not own_half[:2].any()  # another source's encoder
@@ -143,7 +169,7 @@ def test_the_mask_covers_bins_above_the_crop_and_scales_the_mixture():
 
 def test_condition_widens_the_decoders_only_and_changes_the_estimates():
     separator = small_separator(condition_size=3).eval()
-    assert separator.layer_dec["bass"]["dec"][0].weight.shape == (4, 8 + 3)
+    assert separator.decoder_SHD.shape == (3, 4, 8 + 3)
     mixture = torch.rand(6, 2, 2, 9)
     first = separator(mixture, torch.zeros(6, 2, 3))
     second = separator(mixture, torch.ones(6, 2, 3))
@@ -177,8 +203,6 @@ def test_mixture_that_does_not_fit_is_refused(shape):
     [
         ({"sources": ("bass",)}, "two or more"),
         ({"sources": ("bass", "bass")}, "names that differ"),
-        ({"sources": ("bass", "lead.vocals")}, "'lead.vocals': expected a word without dots"),
-        ({"sources": ("bass", "keys")}, "'keys'"),
         ({"num_channels": 0}, "num_channels is 0"),
         ({"n_fft": 15}, "n_fft is 15"),
         ({"max_bin": 10}, "max_bin is 10: expected 1 to 9"),
@@ -200,12 +224,12 @@ def test_input_statistics_are_added_then_multiplied():
     mean, scale = standardize_input([2, 3, 4], [0.5, 0.0, 9.0], max_bin=2)
     np.testing.assert_array_equal(mean, np.float32([-2, -3]))
     np.testing.assert_allclose(scale, [2.0, 20000.0])
-    separator = small_separator(max_bin=2, input_mean=mean, input_scale=scale)
-    assert set(separator.mean_scale["input_mean_bass"].tolist()) == {-2.0, -3.0}
+    separator = small_separator(max_bin=2, input_mean=mean, input_scale=[2.0, 4.0])
+    assert set(separator.input_mean_SF[1].tolist()) == {-2.0, -3.0}
     # The mean itself is what the encoder must see as zero.
     mixture = torch.tensor([2.0, 3.0] + [0.0] * 7).expand(4, 1, 2, 9)
     latent = separator.eval()(mixture).source_latents_SNBD
-    assert torch.equal(latent[..., :4], torch.zeros(3, 4, 1, 4))
+    torch.testing.assert_close(latent[..., :4], torch.zeros(3, 4, 1, 4), rtol=0, atol=1e-6)
 
 
 def test_silent_corpus_is_refused():
@@ -220,41 +244,6 @@ def test_silent_corpus_is_refused():
 def test_count_bins(n_fft, sample_rate_hz, expected):
     frequencies_hz = np.arange(n_fft // 2 + 1) * sample_rate_hz / n_fft
     assert count_bins(n_fft, sample_rate_hz) == expected == np.sum(frequencies_hz <= 16000)
-
-
-@pytest.mark.parametrize("num_samples", [400, 431])
-def test_transform_inverts(num_samples):
-    waveform = torch.randn(2, 3, 2, num_samples, generator=torch.Generator().manual_seed(0))
-    spectrum = analyse(waveform, 64, 16)
-    assert spectrum.shape == (2, 1 + num_samples // 16, 3, 2, 33)
-    torch.testing.assert_close(synthesise(spectrum, 16, num_samples), waveform)
-    torch.testing.assert_close(spectrum[1], analyse(waveform[1], 64, 16))
-
-
-def test_transform_of_a_cosine_by_hand():
-    # A cosine on bin 4 through a Hann window: half the window's sum there, a quarter beside it.
-    times = torch.arange(256)
-    spectrum = analyse(torch.cos(2 * torch.pi * 4 * times / 64).reshape(1, 1, -1), 64, 16)
-    magnitude = spectrum.abs()[8, 0, 0]
-    expected = torch.zeros(33)
-    expected[3:6] = torch.tensor([8.0, 16.0, 8.0])
-    torch.testing.assert_close(magnitude, expected, atol=1e-4, rtol=0)
-
-
-def test_full_masks_give_the_mixture_back_and_silence_is_finite():
-    waveform = torch.randn(2, 1, 320, generator=torch.Generator().manual_seed(0))
-    waveform[1] = 0
-    mixture = analyse(waveform, 64, 16)
-    estimates = mixture.abs().expand(2, *mixture.shape).clone().requires_grad_()
-    signals = time_signals(estimates, mixture, 16, 320)
-    torch.testing.assert_close(signals, waveform.expand(2, -1, -1, -1))
-    signals.square().sum().backward()
-    assert estimates.grad.isfinite().all()
-
-
-def test_short_waveform_is_refused():
-    with pytest.raises(ValueError, match=r"32 samples is too short for n_fft 64.*pad it"):
-        analyse(torch.zeros(1, 1, 32), 64, 16)
 
 
 def test_latents_and_estimates_under_autocast():

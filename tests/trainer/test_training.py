@@ -44,7 +44,7 @@ def test_a_step_moves_every_parameter_and_adds_up(
         "approach.weight=0.25",
     )
     before = {name: value.clone() for name, value in training.model.named_parameters()}
-    values = training.step(next(training.batches("train")))
+    values = training.train_batch(next(training.splits.train_batches(0)))
     assert values["separation"] == pytest.approx(values["magnitude"] + 10 * values["time"])
     regularized = approach in ("contrastive", "distance")
     assert ("regularizer" in values) == regularized
@@ -65,7 +65,7 @@ def test_training_lowers_the_loss(start: Callable[..., Training]) -> None:
     training = start("optim.learning_rate=1e-2", "separator.hidden_size=16")
     losses = []
     for _ in range(6):
-        training.train_epoch(never, lambda count, loss: None)
+        list(training.train_epoch())
         training.finish_epoch(training.validate(never) or {})
         losses.append(training.metrics["valid"]["separation"])
     assert losses[-1] < 0.75 * losses[0]
@@ -77,23 +77,23 @@ def test_a_non_finite_loss_stops_before_the_step(
     start: Callable[..., Training], spoilt: str
 ) -> None:
     training = start()
-    batch = next(training.batches("train"))
+    batch = next(training.splits.train_batches(0))
     if spoilt == "weights":
         with torch.no_grad():
-            training.model.separator.layer_dec["bass"]["dec"][0].weight.fill_(torch.nan)  # type: ignore[index]
+            training.model.separator.decoder_SHD.fill_(torch.nan)
         what = "the excerpts were: .*' at .* s; .*' at .* s; try a lower optim.learning_rate"
     else:
-        batch.stft[1, 5, 1] = torch.inf
+        batch.frames[batch.starts[1, 1] + 5] = torch.inf
         what = f"these excerpts hold NaN or infinity: {batch.names[1]}; precompute"
     before = {name: value.clone() for name, value in training.model.named_parameters()}
     with pytest.raises(
         NonFiniteLossError, match=f"epoch 0, batch 0: the loss is not finite .*nan.*{what}"
     ) as caught:
-        training.step(batch)
+        training.train_batch(batch)
     assert "\n" not in str(caught.value)
     for name, value in training.model.named_parameters():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-    assert training.optimizer.state == {}
+    assert training.updates.optimizer.state == {}
 
 
 def test_a_non_finite_validation_stops_too(start: Callable[..., Training]) -> None:
@@ -106,7 +106,7 @@ def test_a_non_finite_validation_stops_too(start: Callable[..., Training]) -> No
 
 def test_validation_leaves_no_trace(start: Callable[..., Training]) -> None:
     training = start("separator.num_layers=2", "separator.dropout=0.5")
-    training.step(next(training.batches("train")))
+    training.train_batch(next(training.splits.train_batches(0)))
     state = {name: value.clone() for name, value in training.model.state_dict().items()}
     random = torch.get_rng_state()
     first = training.validate(never)
@@ -117,7 +117,7 @@ def test_validation_leaves_no_trace(start: Callable[..., Training]) -> None:
 
 def test_validation_weighs_excerpts_alike(start: Callable[..., Training]) -> None:
     one, many = start("data.batch_size=1"), start("data.batch_size=3")
-    assert len(one.valid_excerpts) == 4  # batches of 3 and 1
+    assert len(one.splits.valid_excerpts) == 4  # batches of 3 and 1
     first, second = one.validate(never), many.validate(never)
     assert first is not None
     assert second is not None
@@ -130,7 +130,7 @@ def script(training: Training, losses: list[float]) -> list[tuple[bool, float, s
     for loss in losses:
         training.position.num_excerpts, training.position.seconds = 1, 1.0
         best = training.finish_epoch({"separation": loss, "total": 0.0})
-        history.append((best, training.optimizer.param_groups[0]["lr"], training.finished))
+        history.append((best, training.updates.optimizer.param_groups[0]["lr"], training.finished))
     return history
 
 
@@ -193,18 +193,18 @@ def test_missing_shards_are_named_at_once(
 def test_a_checkpoint_restores_everything(start: Callable[..., Training]) -> None:
     settings = ("separator.num_layers=2", "separator.dropout=0.5", "approach.name=contrastive")
     training = start(*settings)
-    batches = list(training.batches("train"))
+    batches = list(training.splits.train_batches(0))
     for batch in batches[:3]:
-        training.step(batch)
+        training.train_batch(batch)
         training.position.batch += 1
     checkpoint = training.checkpoint(resumable=True)
     frozen = {name: value.clone() for name, value in checkpoint.tensors.items()}
-    expected = [training.step(batch) for batch in batches[3:]]
+    expected = [training.train_batch(batch) for batch in batches[3:]]
 
     other = start(*settings)
     other.restore(_with(checkpoint, tensors=frozen), "x")
     assert other.position.batch == 3
-    assert [other.step(batch) for batch in other.batches("train", 3)] == expected
+    assert [other.train_batch(batch) for batch in other.splits.train_batches(0, 3)] == expected
 
 
 def test_foreign_checkpoints_are_refused(start: Callable[..., Training]) -> None:

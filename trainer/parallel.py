@@ -1,0 +1,178 @@
+"""Several processes that train one model: each its part of a batch, the same weights in all.
+
+`torchrun` starts the processes. What one process would compute over a whole batch is computed over
+the parts: statistics of batch norm (`BatchNorm`), windows that a regularizer compares
+(`gather_rows`), losses (`sum_over_ranks`). With one process all of this does nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+from flsep.trainer.excerpts import Part
+
+# A rank may wait for another that verifies a shard for the first time.
+_TIMEOUT = timedelta(minutes=30)
+
+
+class LostProcessError(ValueError):
+    """A process of this training has died or given up."""
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Part]:
+    """Join the processes that `torchrun` started, if it did.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where this process computes: NCCL connects GPUs, Gloo processors.
+
+    Yields
+    ------
+    Part
+        Which process this is, and of how many.
+
+    Raises
+    ------
+    LostProcessError
+        If another process is gone.
+    """
+    if not (dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
+        yield Part()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Part(dist.get_rank(), dist.get_world_size())
+    except (dist.DistError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost:
+            raise
+        raise LostProcessError(
+            "another process of this training is gone; see what it said, and go on with --resume"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, 0 without `torchrun`."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def count_local_ranks() -> int:
+    """Return the number of processes that train together on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def count_ranks() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here."""
+    if count_ranks() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up a tensor over the processes, without gradient."""
+    if count_ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the picklable value that each process gives, in the order of the ranks."""
+    if count_ranks() == 1:
+        return [value]
+    values = [None] * count_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(rows_MX: Tensor) -> Tensor:
+    """Concatenate the rows of all processes.
+
+    Every process gets all rows, and its backward pass the gradients that all processes have for
+    its own, added up.
+
+    Parameters
+    ----------
+    rows_MX : Tensor
+        float [row, feature]; the number of rows may differ between processes.
+
+    Returns
+    -------
+    Tensor
+        float [row of any process, feature], in the order of the ranks.
+    """
+    if count_ranks() == 1:
+        return rows_MX
+    counts = torch.zeros(count_ranks(), dtype=torch.int64, device=rows_MX.device)
+    counts[dist.get_rank()] = len(rows_MX)
+    sizes = sum_over_ranks(counts).tolist()
+    before = sum(sizes[: dist.get_rank()])
+    after = sum(sizes) - before - len(rows_MX)
+    gathered: Tensor = all_reduce(F.pad(rows_MX, (0, 0, before, after)))
+    return gathered
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last axis, float [..., feature], with the statistics of all processes.
+
+    `torch.nn.SyncBatchNorm` does this on GPUs alone; here a test on processors covers it.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(
+        self, input: Tensor, gain_X: Tensor | None = None, shift_X: Tensor | None = None
+    ) -> Tensor:
+        """Normalise, multiply and add: with the layer's own weight and bias, or in their place."""
+        gain_X = self.weight if gain_X is None else gain_X
+        shift_X = self.bias if shift_X is None else shift_X
+        rows_MX = input.flatten(0, -2)
+        if self.training:
+            self.num_batches_tracked += 1
+        if self.training and count_ranks() > 1:
+            output_MX = self._normalise_together(rows_MX, gain_X, shift_X)
+        else:
+            output_MX = F.batch_norm(
+                rows_MX,
+                self.running_mean,
+                self.running_var,
+                gain_X,
+                shift_X,
+                self.training,
+                self.momentum,
+                self.eps,
+            )
+        output: Tensor = output_MX.unflatten(0, input.shape[:-1])
+        return output
+
+    def _normalise_together(self, rows_MX: Tensor, gain_X: Tensor, shift_X: Tensor) -> Tensor:
+        with torch.autocast(rows_MX.device.type, enabled=False):
+            rows = rows_MX.float()
+            count = sum_over_ranks(torch.tensor(float(len(rows)), device=rows.device))
+            mean_X = all_reduce(rows.sum(0)) / count
+            centred_MX = rows - mean_X
+            variance_X = all_reduce(centred_MX.square().sum(0)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean_X, self.momentum)
+                self.running_var.lerp_(variance_X * (count / (count - 1)), self.momentum)
+            scale_X = (variance_X + self.eps).rsqrt() * gain_X
+            output_MX: Tensor = centred_MX * scale_X + shift_X
+            return output_MX.to(rows_MX.dtype)

@@ -1,0 +1,153 @@
+"""The short-time Fourier transform around the separator.
+
+Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, K frames that overlap.
+A spectrum is NBCF, a stack of them SNBCF.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def analyse(waveform_BCT: Tensor, n_fft: int, hop: int) -> Tensor:
+    """Transform waveforms: periodic Hann window, centred, reflect-padded, not normalised.
+
+    Parameters
+    ----------
+    waveform_BCT : Tensor
+        float32 [..., batch, channel, sample].
+    n_fft, hop : int
+        Length of the transform and distance between frames, in samples.
+
+    Returns
+    -------
+    Tensor
+        complex64 [..., frame, batch, channel, bin], with 1 + samples // hop frames.
+
+    Raises
+    ------
+    ValueError
+        If the waveform is too short to be reflected.
+    """
+    num_samples = waveform_BCT.shape[-1]
+    if num_samples <= n_fft // 2:
+        raise ValueError(
+            f"a waveform of {num_samples} samples is too short for n_fft {n_fft}: "
+            f"it needs more than {n_fft // 2} samples; pad it"
+        )
+    window_T = torch.hann_window(n_fft, dtype=waveform_BCT.dtype, device=waveform_BCT.device)
+    spectrum_XFN = torch.stft(
+        waveform_BCT.reshape(-1, num_samples),
+        n_fft,
+        hop_length=hop,
+        window=window_T,
+        center=True,
+        pad_mode="reflect",
+        normalized=False,
+        onesided=True,
+        return_complex=True,
+    )
+    spectrum_BCFN: Tensor = spectrum_XFN.unflatten(0, waveform_BCT.shape[:-1])
+    return spectrum_BCFN.movedim(-1, -4)
+
+
+def synthesise(spectrum_NBCF: Tensor, hop: int, num_samples: int | None = None) -> Tensor:
+    """Invert `analyse`.
+
+    Parameters
+    ----------
+    spectrum_NBCF : Tensor
+        complex64 [..., frame, batch, channel, bin].
+    hop : int
+        Distance between frames in samples.
+    num_samples : int, optional
+        Length of the result; hop times (frames - 1) when not given.
+
+    Returns
+    -------
+    Tensor
+        float32 [..., batch, channel, sample].
+    """
+    waveform_BCT: Tensor = _Inverse.apply(spectrum_NBCF, hop, num_samples)
+    return waveform_BCT
+
+
+def time_signals(
+    estimates_SNBCF: Tensor, mixture_NBCF: Tensor, hop: int, num_samples: int | None = None
+) -> Tensor:
+    """Give magnitudes the mixture's phase and transform them back.
+
+    Parameters
+    ----------
+    estimates_SNBCF : Tensor
+        Magnitudes, float32 [source, frame, batch, channel, bin].
+    mixture_NBCF : Tensor
+        Spectrum of the mixture, complex64 [frame, batch, channel, bin].
+    hop, num_samples : int
+        As for `synthesise`.
+
+    Returns
+    -------
+    Tensor
+        Waveforms, float32 [source, batch, channel, sample].
+    """
+    magnitude_NBCF = mixture_NBCF.abs()
+    phase_NBCF = mixture_NBCF / magnitude_NBCF.clamp_min(torch.finfo(magnitude_NBCF.dtype).tiny)
+    # Real times complex, left to torch, takes twice as long.
+    return synthesise(estimates_SNBCF.to(phase_NBCF.dtype) * phase_NBCF, hop, num_samples)
+
+
+class _Inverse(torch.autograd.Function):
+    """The inverse transform with frames first, as they come, and its adjoint.
+
+    `torch.istft` wants them last, and autograd goes through its copies once more: this takes half
+    the time and keeps nothing for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spectrum_NBCF: Tensor, hop: int, num_samples: int | None) -> Tensor:
+        num_frames, n_fft = spectrum_NBCF.shape[-4], 2 * (spectrum_NBCF.shape[-1] - 1)
+        window_T = _window(n_fft, spectrum_NBCF)
+        envelope_T = _overlap_add(window_T.expand(num_frames, 1, 1, -1), window_T, hop)[0, 0]
+        frames_NBCT = torch.fft.irfft(spectrum_NBCF, n_fft)
+        padded_BCT = _overlap_add(frames_NBCT, window_T, hop)
+        length = hop * (num_frames - 1) if num_samples is None else num_samples
+        kept = slice(n_fft // 2, n_fft // 2 + length)
+        waveform_BCT = padded_BCT[..., kept] / envelope_T[kept]
+        ctx.save_for_backward(envelope_T[kept])
+        ctx.hop, ctx.n_fft, ctx.num_frames = hop, n_fft, num_frames
+        return F.pad(waveform_BCT, (0, length - waveform_BCT.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (envelope_T,) = ctx.saved_tensors
+        grad_BCT = grads[0][..., : len(envelope_T)] / envelope_T
+        before, hop, n_fft = ctx.n_fft // 2, ctx.hop, ctx.n_fft
+        after = n_fft + hop * (ctx.num_frames - 1) - before - len(envelope_T)
+        frames_BCNT = F.pad(grad_BCT, (before, after)).unfold(-1, n_fft, hop)
+        windowed_NBCT = frames_BCNT.movedim(-2, -4) * _window(n_fft, grad_BCT)
+        grad_NBCF = torch.fft.rfft(windowed_NBCT, norm="forward")
+        grad_NBCF[..., 1:-1] *= 2  # each stands for its conjugate too
+        return grad_NBCF, None, None
+
+
+def _window(n_fft: int, like: Tensor) -> Tensor:
+    return torch.hann_window(n_fft, dtype=like.real.dtype, device=like.device)
+
+
+def _overlap_add(frames_NBCT: Tensor, window_T: Tensor, hop: int) -> Tensor:
+    """Window frames and add them up at their places, ``[..., batch, channel, sample]``."""
+    *lead, num_frames, batch, channels, length = frames_NBCT.shape
+    num_pieces = -(-length // hop)
+    fill = num_pieces * hop - length
+    if fill:
+        frames_NBCT, window_T = F.pad(frames_NBCT, (0, fill)), F.pad(window_T, (0, fill))
+    frames_BCNKT = frames_NBCT.movedim(-4, -2).unflatten(-1, (num_pieces, hop))
+    window_KT = window_T.unflatten(-1, (num_pieces, hop))
+    sum_BCNT = frames_NBCT.new_zeros(*lead, batch, channels, num_frames + num_pieces - 1, hop)
+    for piece in range(num_pieces):
+        place_BCNT = sum_BCNT[..., piece : piece + num_frames, :]
+        place_BCNT.addcmul_(frames_BCNKT[..., piece, :], window_KT[piece])
+    return sum_BCNT.flatten(-2)[..., : length + hop * (num_frames - 1)]
