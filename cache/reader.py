@@ -1,7 +1,17 @@
-"""Random access to shards: memory maps, opened lazily in each process, dropped on pickling."""
+"""Random access to shards: memory maps, opened when needed, safe among threads and forks.
+
+HDF5 is asked once for each shard, for what it holds and where; all reading is slicing of a memory
+map. A file that somebody truncates while it is mapped ends the process with SIGBUS, which Python
+cannot catch: shards are only ever replaced by renaming, which leaves the mapped file as it is.
+"""
 
 import hashlib
 import json
+import mmap
+import os
+import stat
+import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +39,9 @@ from flsep.cache.format import (
 )
 from flsep.cache.index import Index, TrackRecord, read_index
 
-_MAX_OPEN_SHARDS = 128
+_MAX_MAPPED_SHARDS = 256  # each map holds a file descriptor, of which 1024 are usual
 _HASH_BLOCK_BYTES = 1 << 24
+_all_shards: "weakref.WeakSet[Shards]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class ShardFile:
         # h5py reports damaged metadata under many names.
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise self._damaged(f"not readable as a shard ({_first_line(error)})") from error
-        self._map = np.memmap(path, np.uint8, "r")
+        self._map: mmap.mmap | None = None
         self._verified: set[tuple[int, str, int]] = set()
 
     def _read(self, file: h5py.File) -> None:
@@ -116,7 +127,8 @@ class ShardFile:
             raise self._damaged("its configuration does not have the fingerprint it states")
         if self.config["layout"] != self.layout.identity():
             raise self._damaged("its layout is not that of its configuration")
-        self.num_bytes = self.path.stat().st_size
+        self._state = _file_state(os.stat(file.id.get_vfd_handle()))
+        self.num_bytes = self._state[0]
         names = [group_name(number) for number in range(len(file))]
         if sorted(file) != names:
             raise self._damaged(f"holds {sorted(file)[:5]}; expected {names[:5]}")
@@ -197,20 +209,36 @@ class ShardFile:
         stored = self.tracks[track].datasets[name]
         shape = stored.dataset.shape[1:]
         size = stored.dataset.num_bytes // stored.dataset.shape[0]
-        start = stored.offset + entry * size
-        raw = self._map[start : start + size]
+        array: npt.NDArray[Any] = np.ndarray(
+            shape, stored.dataset.dtype, self._mapped(), stored.offset + entry * size
+        )
         if verify and (track, name, entry) not in self._verified:
+            raw = array.data.cast("B")
             digest = hashlib.sha256()
             for block in range(0, size, _HASH_BLOCK_BYTES):
-                digest.update(raw[block : block + _HASH_BLOCK_BYTES].data)
+                digest.update(raw[block : block + _HASH_BLOCK_BYTES])
             if digest.hexdigest() != stored.sha256[entry]:
                 raise self._damaged(
                     f"{name} of {self._signal(name, entry)} of track {self.tracks[track].name!r} "
                     "does not have its digest: the file was altered"
                 )
             self._verified.add((track, name, entry))
-        array: npt.NDArray[Any] = raw.view(np.ndarray).view(stored.dataset.dtype).reshape(shape)
         return array
+
+    def _mapped(self) -> mmap.mmap:
+        mapped = self._map
+        if mapped is None:
+            with open(self.path, "rb") as file:
+                if _file_state(os.fstat(file.fileno())) != self._state:
+                    raise MismatchError(
+                        f"{self.path}: replaced or altered since it was opened; start again"
+                    )
+                mapped = self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mapped
+
+    def unmap(self) -> None:
+        """Let go of the memory map and its file descriptor; the next read maps it again."""
+        self._map = None  # arrays that were read keep the map they came from
 
     def _signal(self, name: str, entry: int) -> str:
         return f"entry {entry}" if name == "magnitude_moments" else self.layout.signals[entry]
@@ -218,6 +246,8 @@ class ShardFile:
 
 class Shards:
     """A folder of shards with its index: what a trainer reads.
+
+    It may be used from many threads at once, in forked children, and pickled.
 
     Parameters
     ----------
@@ -236,7 +266,14 @@ class Shards:
         self.folder = Path(folder)
         self.index: Index = read_index(self.folder)
         self._verify = verify
-        self._open: OrderedDict[str, ShardFile] = OrderedDict()
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, ShardFile] = {}
+        self._mapped: OrderedDict[str, ShardFile] = OrderedDict()
+        self._known: set[tuple[str, int, str]] = set()
+        _all_shards.add(self)
 
     @property
     def layout(self) -> Layout:
@@ -249,18 +286,22 @@ class Shards:
 
     def check_files(self, *splits: str) -> None:
         """Refuse missing or truncated shards of the given splits by name and size, cheaply."""
-        needed = {track.shard for split in splits for track in self.tracks(split)}
+        needed = {track.shard for track in self.index.tracks if track.split in splits}
         for name in sorted(needed):
-            path = self.folder / name
-            if not path.is_file():
+            path = os.path.join(self.folder, name)
+            try:
+                state = os.stat(path)
+            except FileNotFoundError:
+                state = None
+            if state is None or not stat.S_ISREG(state.st_mode):
                 raise MissingDataError(
                     f"{path}: listed in the index but missing; "
                     "run flsep-precompute again or restore the file"
                 )
-            size, expected = path.stat().st_size, self.index.shard_bytes[name]
-            if size != expected:
+            expected = self.index.shard_bytes[name]
+            if state.st_size != expected:
                 raise DamagedDataError(
-                    f"{path}: {size} bytes, the index says {expected}; "
+                    f"{path}: {state.st_size} bytes, the index says {expected}; "
                     "delete it and run flsep-precompute again"
                 )
 
@@ -295,19 +336,29 @@ class Shards:
         return self.read(track, "audio", signal).astype(np.float32) * scale
 
     def _shard(self, track: TrackRecord) -> ShardFile:
-        shard = self._open.get(track.shard)
-        if shard is None:
-            shard = ShardFile(self.folder / track.shard)
-            if shard.fingerprint != self.index.fingerprint:
-                raise MismatchError(
-                    f"{shard.path}: made with another configuration than the index beside it; "
-                    "give each configuration its own folder"
-                )
-            self._open[track.shard] = shard
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(track.shard)
+        with self._lock:
+            shard = self._open.get(track.shard)
+            if shard is None:
+                shard = self._open[track.shard] = self._open_shard(track.shard)
+            self._mapped[track.shard] = shard
+            self._mapped.move_to_end(track.shard)
+            if len(self._mapped) > _MAX_MAPPED_SHARDS:
+                self._mapped.popitem(last=False)[1].unmap()
+            if (track.shard, track.position, track.digest) not in self._known:
+                self._require_track(shard, track)
+                self._known.add((track.shard, track.position, track.digest))
+        return shard
+
+    def _open_shard(self, name: str) -> ShardFile:
+        shard = ShardFile(self.folder / name)
+        if shard.fingerprint != self.index.fingerprint:
+            raise MismatchError(
+                f"{shard.path}: made with another configuration than the index beside it; "
+                "give each configuration its own folder"
+            )
+        return shard
+
+    def _require_track(self, shard: ShardFile, track: TrackRecord) -> None:
         if (
             track.position >= len(shard.tracks)
             or shard.tracks[track.position].digest != track.digest
@@ -316,10 +367,27 @@ class Shards:
                 f"{shard.path}: track {track.name!r} is not the one that the index lists; "
                 "run flsep-precompute again to renew the index"
             )
-        return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {"folder": self.folder, "index": self.index, "_verify": self._verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+
+def _renew_locks() -> None:
+    # Another thread of the parent may have held them.
+    for shards in _all_shards:
+        shards._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _file_state(state: os.stat_result) -> tuple[int, int]:
+    """Return what tells one content of a file from another: size and time of change."""
+    return state.st_size, state.st_mtime_ns
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,12 +1,28 @@
 """Read shards again and compare every byte with its digest."""
 
+import json
+import subprocess
+import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flsep.cache.errors import CacheError, MismatchError
+from flsep.cache.errors import CacheError, DamagedDataError, MismatchError
 from flsep.cache.index import read_index
 from flsep.cache.reader import ShardFile
+
+_OPEN_EACH = """
+import json, sys
+from pathlib import Path
+from flsep.cache import CacheError, ShardFile
+for line in sys.stdin:
+    try:
+        ShardFile(Path(json.loads(line)))
+    except CacheError:
+        pass
+    print("alive", flush=True)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +37,65 @@ class ShardVerdict:
 def verify_shards(folder: Path) -> Iterator[ShardVerdict]:
     """Check every shard that the index of `folder` lists, one verdict at a time.
 
+    HDF5 can crash on a file that was made to that end; a process of its own opens each one first.
+
     Raises
     ------
     CacheError
         If the index itself cannot be used.
     """
     index = read_index(folder)
-    digests = {(track.shard, track.position): track.digest for track in index.tracks}
-    for name, num_bytes in index.shard_bytes.items():
-        try:
-            shard = ShardFile(folder / name)
-            stored = {(name, i): track.digest for i, track in enumerate(shard.tracks)}
-            listed = {key: value for key, value in digests.items() if key[0] == name}
-            if shard.fingerprint != index.fingerprint or stored != listed:
-                raise MismatchError(
-                    f"{shard.path}: not the shard that the index lists; "
-                    "run flsep-precompute again to renew the index"
-                )
-            verify_shard(shard)
-        except CacheError as error:
-            yield ShardVerdict(name, num_bytes, str(error))
-        else:
-            yield ShardVerdict(name, num_bytes, None)
+    listed: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for track in index.tracks:
+        listed[track.shard][track.position] = track.digest
+    with _Opener() as opener:
+        for name, num_bytes in index.shard_bytes.items():
+            try:
+                opener.try_open(folder / name)
+                shard = ShardFile(folder / name)
+                stored = {place: track.digest for place, track in enumerate(shard.tracks)}
+                if shard.fingerprint != index.fingerprint or stored != listed[name]:
+                    raise MismatchError(
+                        f"{shard.path}: not the shard that the index lists; "
+                        "run flsep-precompute again to renew the index"
+                    )
+                verify_shard(shard)
+            except CacheError as error:
+                yield ShardVerdict(name, num_bytes, str(error))
+            else:
+                yield ShardVerdict(name, num_bytes, None)
+
+
+class _Opener:
+    """Opens shards in a process of its own, one after the other."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "_Opener":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def try_open(self, path: Path) -> None:
+        """Raise DamagedDataError if the process dies of opening the file."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _OPEN_EACH], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(str(path.absolute())).encode() + b"\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():
+            self.__exit__()
+            raise DamagedDataError(
+                f"{path}: HDF5 crashes on it, it was altered; delete it and run flsep-precompute "
+                "again"
+            )
 
 
 def verify_shard(shard: ShardFile) -> None:

@@ -29,6 +29,7 @@ from flsep.cache.format import (
     track_datasets,
 )
 from flsep.cache.reader import ShardFile
+from flsep.cache.spool import Spool, reserve, write_at
 
 TEMPORARY_SUFFIX = ".part"
 # Datasets start on a page, so that memory maps of them are aligned. (The format of HDF5 1.10 is
@@ -79,19 +80,33 @@ class TrackWriter:
     """Fill the datasets of one track, each entry of axis 0 (signal) front to back.
 
     The bytes go straight to their place in the file, past HDF5.
+
+    Attributes
+    ----------
+    datasets : dict of str to Dataset
+        By name: what is to be filled.
+    audio_scale : float64 [signal]
+        What the int16 samples are to be multiplied by.
     """
 
     def __init__(
-        self, plan: TrackPlan, layout: Layout, descriptor: int, offsets: dict[str, int]
+        self,
+        plan: TrackPlan,
+        layout: Layout,
+        folder: Path,
+        descriptor: int,
+        offsets: dict[str, int],
     ) -> None:
         self._layout = layout
+        self._folder = folder
         self._descriptor = descriptor
         self._offsets = offsets
-        self._datasets = plan.datasets(layout)
-        self._written: dict[tuple[str, int], int] = {}
+        self.datasets = plan.datasets(layout)
+        self._written: dict[tuple[str, int], int] = {}  # bytes
+        self._spools: dict[int, Spool] = {}
         self._hashes = {
             (name, entry): hashlib.sha256()
-            for name, dataset in self._datasets.items()
+            for name, dataset in self.datasets.items()
             for entry in range(dataset.shape[0])
         }
         self.audio_scale = np.zeros(len(layout.signals))
@@ -113,24 +128,26 @@ class TrackWriter:
         ValueError
             If the block does not fit the dataset, or holds NaN or infinity.
         """
-        dataset = self._datasets[name]
+        dataset = self.datasets[name]
         data = np.ascontiguousarray(block, dtype=dataset.dtype)
-        start = self._written.get((name, entry), 0)
-        stop = start + len(data)
-        if data.shape[1:] != dataset.shape[2:] or stop > dataset.shape[1]:
+        row_bytes = dataset.num_bytes // (dataset.shape[0] * dataset.shape[1])
+        start = self._written.get((name, entry), 0) // row_bytes
+        if data.shape[1:] != dataset.shape[2:] or start + len(data) > dataset.shape[1]:
             raise ValueError(
                 f"block {data.shape} at row {start} of {name}[{entry}] does not fit {dataset.shape}"
             )
-        if data.dtype.kind == "f" and not np.isfinite(data).all():
+        if not _is_finite(data):
             raise ValueError(f"{name}[{entry}] would hold NaN or infinity from row {start}")
+        self._write(name, entry, data)
+
+    def _write(self, name: str, entry: int, data: npt.NDArray[Any]) -> None:
+        dataset = self.datasets[name]
         raw = data.data.cast("B")
-        row_bytes = dataset.num_bytes // (dataset.shape[0] * dataset.shape[1])
-        position = self._offsets[name] + (entry * dataset.shape[1] + start) * row_bytes
+        written = self._written.get((name, entry), 0)
+        position = self._offsets[name] + entry * dataset.num_bytes // dataset.shape[0] + written
         self._hashes[name, entry].update(raw)
-        while raw:
-            count = os.pwrite(self._descriptor, raw, position)
-            raw, position = raw[count:], position + count
-        self._written[name, entry] = stop
+        self._written[name, entry] = written + len(raw)
+        write_at(self._descriptor, raw, position)
 
     def append_embedding(
         self,
@@ -144,30 +161,58 @@ class TrackWriter:
         active = embedding[activity_db >= SILENCE_DB].astype(np.float64)
         self.append("embedding_moments", signal, [active.sum(axis=0), (active**2).sum(axis=0)])
 
-    def append_audio(self, signal: int, waveform: npt.NDArray[np.float32]) -> None:
-        """Write one signal's audio, float32 [channel, sample], as int16 with a scale.
+    def append_audio(self, signal: int, block: npt.NDArray[np.float32]) -> None:
+        """Take the next samples of one signal, float32 [channel, sample]; store them as int16.
 
         The scale is 1 / 32768, so that 16-bit audio is kept exactly, unless the signal exceeds
-        full scale: then it is as large as it takes for nothing to clip.
+        full scale: then it is as large as it takes for nothing to clip. It is known at the end
+        only; until then the samples wait in an unnamed file.
+
+        Raises
+        ------
+        ValueError
+            If the block does not fit the dataset.
+        OSError
+            If the disk has no room for the samples to wait.
         """
-        peak = float(np.abs(waveform).max())
+        _, num_channels, num_samples = self.datasets["audio"].shape
+        if signal not in self._spools:
+            self._spools[signal] = Spool(self._folder, num_channels, num_samples)
+        spool = self._spools[signal]
+        if len(block) != num_channels or spool.num_held + block.shape[1] > num_samples:
+            raise ValueError(
+                f"block {block.shape} at sample {spool.num_held} of audio[{signal}] does not fit "
+                f"{self.datasets['audio'].shape}"
+            )
+        spool.add(block)
+        if spool.num_held < num_samples or not block.size:
+            return
+        peak = spool.peak
         scale = 1 / 32768 if peak <= 32767 / 32768 else peak / 32767
         self.audio_scale[signal] = scale
-        self.append("audio", signal, np.round(waveform / np.float32(scale)))
+        for samples in spool.read():
+            self._write("audio", signal, np.round(samples / np.float32(scale)).astype(np.int16))
+        spool.close()
+
+    def close(self) -> None:
+        """Forget what waits to be stored."""
+        for spool in self._spools.values():
+            spool.close()
 
     def digests(self) -> dict[str, npt.NDArray[np.bytes_]]:
         """Return the digests of each dataset; raises ValueError if anything is missing."""
         for name, entry in self._hashes:
-            rows = self._written.get((name, entry), 0)
-            expected = self._datasets[name].shape[1]
-            if rows != expected:
-                raise ValueError(f"{name}[{entry}] has {rows} of {expected} rows")
+            dataset = self.datasets[name]
+            written = self._written.get((name, entry), 0)
+            rows = written * dataset.shape[0] * dataset.shape[1] // dataset.num_bytes
+            if rows != dataset.shape[1]:
+                raise ValueError(f"{name}[{entry}] has {rows} of {dataset.shape[1]} rows")
         return {
             name: np.array(
                 [self._hashes[name, entry].hexdigest() for entry in range(dataset.shape[0])],
                 dtype="S64",
             )
-            for name, dataset in self._datasets.items()
+            for name, dataset in self.datasets.items()
         }
 
 
@@ -242,16 +287,15 @@ class ShardWriter:
             offsets = self._lay_out()
             self._descriptor = os.open(self._temporary, os.O_RDWR)
             try:
-                os.posix_fallocate(self._descriptor, 0, os.fstat(self._descriptor).st_size)
-            except OSError as error:
+                reserve(self._descriptor, os.fstat(self._descriptor).st_size, self.path)
+            except OSError:
                 os.close(self._descriptor)
-                error.filename = str(self.path)
                 raise
         except BaseException:
             self._temporary.unlink(missing_ok=True)
             raise
         self.tracks = [
-            TrackWriter(plan, self._layout, self._descriptor, places)
+            TrackWriter(plan, self._layout, self.path.parent, self._descriptor, places)
             for plan, places in zip(self._plans, offsets, strict=True)
         ]
         return self
@@ -310,6 +354,8 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
+            for track in self.tracks:
+                track.close()
             os.close(self._descriptor)
             self._temporary.unlink(missing_ok=True)
 
@@ -328,9 +374,15 @@ class ShardWriter:
         sync_folder(self.path.parent)
 
 
+def _is_finite(data: npt.NDArray[Any]) -> bool:
+    if data.dtype == np.float16:  # NumPy's own check takes ten times as long
+        return bool(np.bitwise_and(data.view(np.uint16), 0x7FFF).max(initial=0) < 0x7C00)
+    return data.dtype.kind != "f" or bool(np.isfinite(data).all())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,28 @@ from numpy.typing import NDArray
 from flsep.cache import CacheError, Layout, ShardFile, ShardWriter, TrackPlan, verify_shard
 from flsep.cache.writer import TrackWriter
 from flsep.pipeline.config import FeatureConfig
+from flsep.pipeline.failures import (
+    Failure,
+    read_failures,
+    stamp_files,
+    still_failed,
+    write_failures,
+)
 from flsep.pipeline.features import (
     MagnitudeMoments,
+    MonoStream,
+    Pieces,
+    Stft,
     activity_db,
     pack,
-    resample,
-    stft_blocks,
-    to_mono,
 )
 from flsep.pipeline.media import AudioStream, decode
 from flsep.pipeline.plan import PlannedTrack, ShardTask
 from flsep.pipeline.teacher import Teacher, TeacherInfo
 
-Embed = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Item = TypeVar("Item")
+Samples = NDArray[np.float32]
+_ADDED_SAMPLES = 1 << 16
 _PACKAGES = ("flsep", "numpy", "h5py", "scipy", "soxr", "av", "soundfile", "tensorflow")
 
 
@@ -51,8 +60,9 @@ class ShardSettings:
         The teacher's identity and window.
     teacher_folder : Path
         Where a worker loads it from.
-    num_threads : int
-        For the teacher in one worker process.
+    num_threads : int, optional
+        For the teacher in one process; None leaves it to TensorFlow. The last bits of an embedding
+        depend on it, so it must be the same for any number of workers.
     """
 
     folder: Path
@@ -60,7 +70,7 @@ class ShardSettings:
     sources: tuple[str, ...]
     teacher: TeacherInfo
     teacher_folder: Path
-    num_threads: int
+    num_threads: int | None
 
     @property
     def layout(self) -> Layout:
@@ -101,6 +111,8 @@ class ShardReport:
         Their length.
     kept : bool
         Whether it was there already, complete and intact.
+    found : str, optional
+        What was wrong with the file that was there; None if it was kept, or none was there.
     rejected : list of (str, str)
         Tracks that failed, with the reason.
     seconds : dict
@@ -111,6 +123,7 @@ class ShardReport:
     num_tracks: int = 0
     audio_seconds: float = 0.0
     kept: bool = False
+    found: str | None = None
     rejected: list[tuple[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -123,16 +136,37 @@ class ShardReport:
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
+    def measure_each(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Pass items on, and add the time that it takes to make them to one part."""
+        iterator = iter(items)
+        while True:
+            with self.measure(part):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
 
 def list_packages() -> dict[str, str]:
     """Return the versions of the packages that decide what a shard holds."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def make_shard(task: ShardTask, settings: ShardSettings) -> ShardReport:
+def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False) -> ShardReport:
     """Make the shard of a task, unless it is there, complete and intact.
 
-    A track that fails is left out and named in the report.
+    A track that fails is left out and named in the report. It is not tried again while its files
+    stay as they are.
+
+    Parameters
+    ----------
+    task : ShardTask
+        What to make.
+    settings : ShardSettings
+        How, and where.
+    repair : bool
+        Try again what failed before.
 
     Raises
     ------
@@ -141,69 +175,106 @@ def make_shard(task: ShardTask, settings: ShardSettings) -> ShardReport:
     """
     report = ShardReport(task.name)
     path = settings.folder / task.name
-    if _is_complete(path, task, settings):
-        report.kept = True
-        report.num_tracks = len(task.tracks)
-        report.audio_seconds = task.audio_seconds(settings.config.sample_rate_hz)
-        return report
-    with report.measure("load"):
-        teacher = _load_teacher(settings.teacher_folder, settings.num_threads)
-    if teacher.info.digest != settings.teacher.digest:
-        raise ValueError(
-            f"{settings.teacher_folder}: the teacher changed while the run was going on; "
-            "start again with one teacher"
-        )
-    tracks = list(task.tracks)
-    while tracks:
-        try:
-            _write_shard(path, tracks, settings, teacher, report)
-            break
-        except TrackError as error:
+    known = [] if repair else still_failed(task.tracks, read_failures(path))
+    failures = dict(known)
+    report.rejected += [(name, f"{failure.reason} (as before)") for name, failure in known]
+    tracks = [planned for planned in task.tracks if planned.track.name not in failures]
+    problem = find_problem(path, tracks, settings, verify=True)
+    report.kept = problem is None
+    if path.exists():
+        report.found = problem
+    if tracks and not report.kept:
+        with report.measure("load"):
+            teacher = load_teacher(settings)
+        while tracks:
+            bad = _write_shard(path, tracks, settings, teacher, report)
+            if bad is None:
+                break
             # HDF5 cannot take a half-written track out of a file: start again without it.
-            bad = next(planned for planned in tracks if planned.track.name == error.args[0])
-            report.rejected.append((bad.track.name, error.args[1]))
-            tracks.remove(bad)
+            planned, reason = bad
+            failures[planned.track.name] = Failure(reason, stamp_files(planned.track))
+            report.rejected.append((planned.track.name, reason))
+            tracks.remove(planned)
+        write_failures(path, failures)
     report.num_tracks = len(tracks)
     report.audio_seconds = sum(p.num_samples for p in tracks) / settings.config.sample_rate_hz
     return report
 
 
-@cache
-def _load_teacher(folder: Path, num_threads: int) -> Teacher:
-    """Load the teacher once in each worker process."""
-    return Teacher.load(str(folder), num_threads=num_threads)
+_teachers: dict[ShardSettings, Teacher] = {}
 
 
-def _is_complete(path: Path, task: ShardTask, settings: ShardSettings) -> bool:
+def load_teacher(settings: ShardSettings) -> Teacher:
+    """Load the teacher once in each process; raises ValueError if it is no longer the same."""
+    if settings not in _teachers:
+        teacher = Teacher.load(
+            str(settings.teacher_folder), num_threads=settings.num_threads, info=settings.teacher
+        )
+        if teacher.info.digest != settings.teacher.digest:
+            raise ValueError(
+                f"{settings.teacher_folder}: the teacher changed while the run was going on; "
+                "start again with one teacher"
+            )
+        _teachers[settings] = teacher
+    return _teachers[settings]
+
+
+def find_problem(
+    path: Path, tracks: Sequence[PlannedTrack], settings: ShardSettings, *, verify: bool
+) -> str | None:
+    """Say why a file is not the shard of these tracks; None if it is.
+
+    Parameters
+    ----------
+    path : Path
+        Of the shard.
+    tracks : sequence of PlannedTrack
+        What it should hold, and nothing else.
+    settings : ShardSettings
+        How it should have been made.
+    verify : bool
+        Compare every byte with its digest.
+    """
     try:
         shard = ShardFile(path)
-        verify_shard(shard)
-    except CacheError:
-        return False
-    stored = [(track.name, track.split) for track in shard.tracks]
-    planned = [(planned.track.name, planned.track.split) for planned in task.tracks]
-    return shard.config == settings.fingerprinted() and stored == planned
+        if verify:
+            verify_shard(shard)
+    except CacheError as error:
+        return str(error)
+    if shard.config != settings.fingerprinted():
+        return f"{path}: made with another configuration"
+    stored = [(track.name, track.split, track.num_samples) for track in shard.tracks]
+    planned = [(p.track.name, p.track.split, p.num_samples) for p in tracks]
+    if stored != planned:
+        return f"{path}: holds {len(stored)} tracks, not the {len(planned)} that are wanted"
+    return None
 
 
 def _write_shard(
     path: Path,
     tracks: list[PlannedTrack],
     settings: ShardSettings,
-    embed: Embed,
+    teacher: Teacher,
     report: ShardReport,
-) -> None:
-    with ShardWriter(
-        path,
-        settings.layout,
-        [_plan_track(planned, settings) for planned in tracks],
-        config=settings.fingerprinted(),
-        packages=list_packages(),
-    ) as shard:
-        for planned, writer in zip(tracks, shard.tracks, strict=True):
-            try:
-                _write_track(writer, planned, settings, embed, report)
-            except ValueError as error:
-                raise TrackError(planned.track.name, str(error)) from error
+) -> tuple[PlannedTrack, str] | None:
+    """Write a shard; if a track cannot be stored, write nothing, return it with the reason."""
+    try:
+        with ShardWriter(
+            path,
+            settings.layout,
+            [_plan_track(planned, settings) for planned in tracks],
+            config=settings.fingerprinted(),
+            packages=list_packages(),
+        ) as shard:
+            for planned, writer in zip(tracks, shard.tracks, strict=True):
+                try:
+                    _write_track(writer, planned, settings, teacher, report)
+                except ValueError as error:
+                    raise TrackError(planned.track.name, str(error)) from error
+    except TrackError as error:
+        name, reason = error.args
+        return next(planned for planned in tracks if planned.track.name == name), reason
+    return None
 
 
 def _plan_track(planned: PlannedTrack, settings: ShardSettings) -> TrackPlan:
@@ -236,83 +307,108 @@ def _write_track(
     writer: TrackWriter,
     planned: PlannedTrack,
     settings: ShardSettings,
-    embed: Embed,
+    teacher: Teacher,
     report: ShardReport,
 ) -> None:
-    """Write one track a signal at a time, so that memory holds one waveform and a block."""
+    """Write one track, a signal after the other, each in one pass over its blocks of samples."""
+    track = planned.track
+    sources = [partial(_decode, source, planned.num_samples, settings) for source in track.sources]
+    if track.mixture is not None:
+        mixture = _decode(track.mixture, planned.num_samples, settings)
+    else:
+        mixture = _add(source() for source in sources)
     moments = MagnitudeMoments(settings.layout.num_bins)
-    teacher_samples = _teacher_samples(planned, settings)
-
-    def write_signal(signal: int, waveform: NDArray[np.float32]) -> None:
-        _write_spectrum(
-            writer, signal, waveform, settings.config, report, moments if signal == 0 else None
+    for signal, blocks in enumerate([mixture, *(source() for source in sources)]):
+        _write_signal(
+            writer, signal, blocks, planned, settings, teacher, report, None if signal else moments
         )
-        with report.measure("decode"):
-            mono = resample(
-                to_mono(waveform), settings.config.sample_rate_hz, settings.teacher.sample_rate_hz
-            )
-            mono = _fit_length(mono, teacher_samples)
-        with report.measure("teacher"):
-            embedding = embed(mono)
-        with report.measure("write"):
-            level = activity_db(
-                mono, settings.teacher.window_samples, settings.teacher.hop_samples, len(embedding)
-            )
-            writer.append_embedding(signal, embedding, level)
-            if planned.track.split in settings.config.audio_splits:
-                writer.append_audio(signal, waveform)
-
-    total: NDArray[np.float32] | None = None
-    if planned.track.mixture is not None:
-        write_signal(0, _decode(planned.track.mixture, planned.num_samples, settings, report))
-    for signal, source in enumerate(planned.track.sources, start=1):
-        waveform = _decode(source, planned.num_samples, settings, report)
-        write_signal(signal, waveform)
-        if planned.track.mixture is None:
-            total = waveform if total is None else np.add(total, waveform, out=total)
-    if total is not None:
-        write_signal(0, total)
     writer.append("magnitude_moments", 0, moments.total)
     writer.append("magnitude_moments", 1, moments.total_squares)
 
 
-def _write_spectrum(
+def _write_signal(
     writer: TrackWriter,
     signal: int,
-    waveform: NDArray[np.float32],
-    config: FeatureConfig,
+    blocks: Iterator[Samples],
+    planned: PlannedTrack,
+    settings: ShardSettings,
+    teacher: Teacher,
     report: ShardReport,
     moments: MagnitudeMoments | None,
 ) -> None:
-    blocks = stft_blocks(waveform, n_fft=config.n_fft, hop=config.hop_samples)
-    while True:
-        with report.measure("stft"):
-            block = next(blocks, None)
-            if block is None:
-                return
-            if moments is not None:
-                moments.add(block)
-            packed = pack(block, config.stft_dtype)
+    config, info = settings.config, settings.teacher
+    stft = Stft(n_fft=config.n_fft, hop=config.hop_samples)
+    mono = MonoStream(
+        config.sample_rate_hz, info.sample_rate_hz, _teacher_samples(planned, settings)
+    )
+    batches = Pieces(
+        (teacher.batch_windows - 1) * info.hop_samples + info.window_samples,
+        teacher.batch_windows * info.hop_samples,
+    )
+    embeddings: list[Samples] = []
+    levels: list[Samples] = []
+
+    def write(spectra: Iterator[NDArray[np.complex64]]) -> None:
+        for spectrum in report.measure_each("stft", spectra):
+            with report.measure("stft"):
+                if moments is not None:
+                    moments.add(spectrum)
+                packed = pack(spectrum, config.stft_dtype)
+            with report.measure("write"):
+                writer.append("stft", signal, packed)
+
+    def embed(batch: Samples) -> None:
+        if len(batch) < info.window_samples:
+            return
+        with report.measure("teacher"):
+            embeddings.append(teacher(batch))
         with report.measure("write"):
-            writer.append("stft", signal, packed)
+            levels.append(
+                activity_db(batch, info.window_samples, info.hop_samples, len(embeddings[-1]))
+            )
+
+    for block in report.measure_each("decode", blocks):
+        write(stft.add(block))
+        if "audio" in writer.datasets:
+            with report.measure("write"):
+                writer.append_audio(signal, block)
+        with report.measure("decode"):
+            samples = mono.add(block)
+        for batch in batches.add(samples):
+            embed(batch)
+    write(stft.finish())
+    for batch in batches.add(mono.finish()):
+        embed(batch)
+    embed(batches.rest())
+    with report.measure("write"):
+        writer.append_embedding(signal, np.concatenate(embeddings), np.concatenate(levels))
 
 
-def _decode(
-    source: AudioStream, num_samples: int, settings: ShardSettings, report: ShardReport
-) -> NDArray[np.float32]:
-    with report.measure("decode"):
-        waveform = decode(
-            source,
-            sample_rate_hz=settings.config.sample_rate_hz,
-            num_channels=settings.config.num_channels,
-        )
-        return _fit_length(waveform, num_samples)
+def _decode(source: AudioStream, num_samples: int, settings: ShardSettings) -> Iterator[Samples]:
+    """Decode as many samples as planned: the lengths that headers declare may be a few off."""
+    num_missing = num_samples
+    for block in decode(
+        source,
+        sample_rate_hz=settings.config.sample_rate_hz,
+        num_channels=settings.config.num_channels,
+    ):
+        yield block[:, :num_missing]
+        num_missing -= min(num_missing, block.shape[1])
+    if num_missing:
+        yield np.zeros((settings.config.num_channels, num_missing), np.float32)
 
 
-def _fit_length(waveform: NDArray[np.float32], num_samples: int) -> NDArray[np.float32]:
-    """Cut or pad the end to the planned length: codecs and resamplers differ by a few samples."""
-    missing = num_samples - waveform.shape[-1]
-    if missing > 0:
-        padding = [(0, 0)] * (waveform.ndim - 1) + [(0, missing)]
-        return np.pad(waveform, padding)
-    return waveform[..., :num_samples]
+def _add(sources: Iterable[Iterator[Samples]]) -> Iterator[Samples]:
+    """Add signals of one length, whatever blocks they come in."""
+    for parts in zip(*map(_cut, sources), strict=True):
+        total = parts[0].copy()
+        for part in parts[1:]:
+            total += part
+        yield total
+
+
+def _cut(blocks: Iterator[Samples]) -> Iterator[Samples]:
+    pieces = Pieces(_ADDED_SAMPLES, _ADDED_SAMPLES)
+    for block in blocks:
+        yield from pieces.add(block)
+    yield pieces.rest()

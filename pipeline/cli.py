@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
-import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,20 @@ import click
 from flsep.cache import CacheError, ShardFile, read_index, verify_shards
 from flsep.pipeline.options import corpus_options, make_plan
 from flsep.pipeline.reporting import (
-    describe_client,
     describe_plan,
     describe_summary,
     describe_teacher,
     progress,
-    require_memory,
     show_bytes,
     show_hours,
+)
+from flsep.pipeline.workers import (
+    Pair,
+    are_workers_chosen,
+    choose_workers,
+    describe_workers,
+    start_workers,
+    worker_options,
 )
 
 _FOLDER = click.Path(path_type=Path, file_okay=True)
@@ -72,21 +78,29 @@ def plan_command(corpus: Path, **options: Any) -> None:
     help="vggish (from TF-Hub), the address of a SavedModel, or a folder that holds one.",
 )
 @click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=lambda: len(os.sched_getaffinity(0)),
-    show_default="number of cores",
-    help="Worker processes on this machine; 0 does the work in this process, without Dask.",
+    "--part",
+    type=Pair("/"),
+    metavar="I/N",
+    help="Make the shards of one of N parts alone; then index them all with --finalise.",
 )
+@click.option("--finalise", is_flag=True, help="Write the index of the shards that parts made.")
+@click.option("--repair", is_flag=True, help="Try the tracks again that failed before.")
 @click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Use the workers of a Dask scheduler that is running, such as tcp://node1:8786. They "
-    "must see CORPUS, SHARDS and the teacher under the same paths.",
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan, and the script of the jobs that would be submitted.",
 )
+@worker_options
 @corpus_options
 def run_command(
-    corpus: Path, shards: Path, teacher: str, workers: int, scheduler: str | None, **options: Any
+    corpus: Path,
+    shards: Path,
+    teacher: str,
+    part: tuple[int, int] | None,
+    finalise: bool,
+    repair: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Compute everything for CORPUS and write it to the folder SHARDS.
 
@@ -94,43 +108,54 @@ def run_command(
     folder a track), or any folder of tracks with one audio file a source.
 
     Stopped at any point, the same command goes on where it was: finished shards are checked and
-    kept. A track that cannot be used is named, the others go on, and the exit status is 1.
+    kept, damaged ones made again. A track that cannot be used is named, the others go on, and the
+    exit status is 1. It is not tried again while its files stay the same, but with --repair.
 
     \b
     Examples:
       flsep-precompute run musdb18/ shards/
       flsep-precompute run songs/ shards/ --sources bass,drums,piano --teacher teachers/musicnn
+      flsep-precompute run musdb18/ shards/ --cluster slurm --workers 32 --cluster-option queue=cpu
     """
     from flsep.pipeline.build import ShardSettings
-    from flsep.pipeline.execute import local_client, remote_client, run_inline, run_on
+    from flsep.pipeline.plan import share_tasks
+    from flsep.pipeline.run import finalise as finalise_run
     from flsep.pipeline.run import find_strangers, run_plan
     from flsep.pipeline.teacher import Teacher, resolve
 
+    if finalise and (part or repair):
+        raise ValueError("--finalise: makes no shards; leave out --part and --repair")
     found, config, plan = make_plan(corpus, options)
     describe_plan(found, config, plan)
-    if not scheduler:
-        require_memory(plan, workers)
+    tasks = share_tasks(plan.tasks, *part) if part else plan.tasks
+    if part:
+        click.echo(f"part     {part[0]} of {part[1]}: {len(tasks)} shards")
+    workers = choose_workers(plan, shards.absolute(), options)
+    if dry_run:
+        describe_workers(workers)
+        return
     folder = resolve(teacher).absolute()
     handle = str(folder) if Path(teacher).is_dir() else teacher
-    cores = len(os.sched_getaffinity(0))
     settings = ShardSettings(
         folder=shards.absolute(),
         config=config,
         sources=found.sources,
-        teacher=Teacher.load(handle, num_threads=cores).info,
+        teacher=Teacher.load(handle).info,
         teacher_folder=folder,
-        num_threads=max(1, cores // max(workers, 1)),
+        num_threads=1 if workers else None,
     )
-    with contextlib.ExitStack() as stack:
-        run: Any = run_inline
-        if scheduler or workers:
-            connect = remote_client(scheduler) if scheduler else local_client(workers)
-            client = stack.enter_context(connect)
-            click.echo(f"workers  {describe_client(client)}")
-            run = partial(run_on, client)
-        report = stack.enter_context(progress(plan, config))
-        summary = run_plan(plan, settings, runner=run, report=report)
+    if finalise:
+        summary = finalise_run(plan, settings)
+    else:
+        with contextlib.ExitStack() as stack:
+            runner = stack.enter_context(start_workers(workers))
+            report = stack.enter_context(progress(tasks, config))
+            summary = run_plan(
+                plan, settings, runner=runner, report=report, part=part, repair=repair
+            )
     describe_summary(summary, shards)
+    if part:
+        click.echo("when all parts are done, run the same command with --finalise for --part")
     for name in find_strangers(shards, plan):
         click.echo(f"note: {shards / name} belongs to no track of this corpus; delete it", err=True)
     if summary.failed:
@@ -139,13 +164,31 @@ def run_command(
 
 @cli.command("verify")
 @click.argument("shards", type=_FOLDER)
-def verify_command(shards: Path) -> None:
+@click.option(
+    "--against",
+    type=_FOLDER,
+    metavar="CORPUS",
+    help="Compute everything again from CORPUS too, and compare.",
+)
+@click.option(
+    "--teacher",
+    metavar="HANDLE",
+    help="For --against, where the teacher is now. [default: where it was]",
+)
+@worker_options
+def verify_command(shards: Path, against: Path | None, teacher: str | None, **options: Any) -> None:
     """Read every byte of SHARDS again and compare it with the digests.
 
     Use it after copying shards to another machine. The exit status is 1 if anything is wrong.
+
+    With --against, the tracks are decoded, transformed and shown to the teacher again. On the same
+    kind of machine and with the same versions the result is the same, bit for bit; otherwise it may
+    differ by rounding, which is counted, up to 0.2 % of the largest value.
     """
     from tqdm import tqdm
 
+    if not against and (teacher or are_workers_chosen(options)):
+        raise ValueError("--teacher and options of workers have no effect without --against")
     index = read_index(shards)
     problems = []
     total = sum(index.shard_bytes.values())
@@ -154,14 +197,39 @@ def verify_command(shards: Path) -> None:
             bar.update(verdict.num_bytes)
             if verdict.problem:
                 problems.append(verdict.problem)
+    counts = f"{len(index.shard_bytes)} shards, {len(index.tracks)} tracks, {show_bytes(total)}: "
+    click.echo(counts + (f"{len(problems)} damaged" if problems else "all intact"))
+    if against and not problems:
+        problems = _recheck(shards, against, teacher, options)
     for problem in problems:
         click.echo(problem, err=True)
-    click.echo(
-        f"{len(index.shard_bytes)} shards, {len(index.tracks)} tracks, {show_bytes(total)}: "
-        + (f"{len(problems)} damaged" if problems else "all intact")
-    )
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def _recheck(shards: Path, corpus: Path, teacher: str | None, options: dict[str, Any]) -> list[str]:
+    """Compare shards with their corpus; return what is not equal."""
+    from flsep.pipeline.recheck import plan_recheck, recheck_shard
+
+    plan, settings, problems = plan_recheck(shards, corpus, teacher)
+    workers = choose_workers(plan, shards.absolute(), options)
+    settings = replace(settings, num_threads=1 if workers else None)
+    num_entries = num_rounded = 0
+    with start_workers(workers) as run, progress(plan.tasks, settings.config) as report:
+        for outcome in run(partial(recheck_shard, settings=settings), plan.tasks):
+            report(outcome.task, None)
+            if isinstance(outcome.error, OSError):
+                raise outcome.error
+            if outcome.error:
+                problems.append(f"{shards / outcome.task.name}: {outcome.error}")
+                continue
+            num_entries += outcome.result.num_entries
+            num_rounded += outcome.result.num_rounded
+            problems += outcome.result.problems
+    found = f"{len(problems)} differ" if problems else "all equal"
+    rounded = f", {num_rounded} of them but for rounding" if num_rounded else ""
+    click.echo(f"{num_entries} signals compared with {corpus}: {found}{rounded}")
+    return problems
 
 
 @cli.command("inspect")

@@ -1,10 +1,7 @@
-"""Run tasks inline or on Dask; this is the only module that imports it."""
+"""Run tasks inline or on the workers of a Dask client."""
 
-import logging
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -36,16 +33,31 @@ def run_inline(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Ite
 def run_on(
     client: "Client", function: Callable[[Task], Result], tasks: Sequence[Task]
 ) -> Iterator[Outcome]:
-    """Run tasks on a Dask cluster, yielding outcomes as they come.
+    """Run tasks on a Dask cluster in their order, yielding outcomes as they come.
 
     A task whose worker dies is tried again on another one, until Dask's ``allowed-failures`` is
     reached; leaving the iterator early cancels what is left.
+
+    Raises
+    ------
+    ConnectionError
+        If the scheduler is gone.
     """
     from distributed import as_completed
+    from distributed.comm.core import CommClosedError
 
+    gone = ConnectionError(
+        "the Dask scheduler is gone; run the same command again, finished shards are kept"
+    )
     # The key makes no task depend on Dask's hash of its arguments, and none share a result.
     futures = [
-        client.submit(function, task, key=f"flsep-{number}-{os.urandom(4).hex()}", pure=False)
+        client.submit(
+            function,
+            task,
+            key=f"flsep-{number}-{os.urandom(4).hex()}",
+            pure=False,
+            priority=-number,
+        )
         for number, task in enumerate(tasks)
     ]
     by_key = {future.key: task for future, task in zip(futures, tasks, strict=True)}
@@ -54,65 +66,20 @@ def run_on(
             task = by_key[future.key]
             if future.status == "finished":
                 yield Outcome(task, future.result(), None)
+            elif future.status == "error":
+                yield Outcome(task, None, _explain(future.exception()))
             else:
-                yield Outcome(task, None, _error_of(future))
+                raise gone
             future.release()
+    except CommClosedError as error:  # it went while a result was on its way
+        raise gone from error
     finally:
         client.cancel(futures, force=True)
 
 
-def _error_of(future: Any) -> BaseException:
+def _explain(error: BaseException) -> BaseException:
     from distributed.scheduler import KilledWorker
 
-    try:
-        error = future.exception()
-    except Exception as raised:  # a cancelled future raises instead
-        error = raised
     if isinstance(error, KilledWorker):
         return RuntimeError("its worker died each time it was tried (out of memory?)")
-    return error or RuntimeError("it was cancelled")
-
-
-@contextmanager
-def local_client(num_workers: int) -> Iterator["Client"]:
-    """Start worker processes on this machine, reachable from it alone."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    settings = {
-        "distributed.worker.daemon": False,
-        "distributed.admin.log-format": "%(message)s",
-        "distributed.comm.timeouts.connect": "60s",
-    }
-    with dask.config.set(settings):
-        # Ctrl-C reaches the workers too: they inherit that it is ignored, and the client ends them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            cluster = LocalCluster(
-                n_workers=num_workers,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                worker_dashboard_address=None,
-                silence_logs=logging.CRITICAL,
-            )
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        with cluster, Client(cluster) as client:
-            yield client
-
-
-@contextmanager
-def remote_client(address: str) -> Iterator["Client"]:
-    """Connect to a scheduler that is running; raises ValueError if there is none."""
-    from distributed import Client
-
-    try:
-        client = Client(address, timeout=10)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ValueError(
-            f"--scheduler {address}: no Dask scheduler answers ({error}); start one with "
-            "`dask scheduler`, and workers with `dask worker`"
-        ) from error
-    with client:
-        yield client
+    return error

@@ -1,4 +1,7 @@
-"""Turn waveforms into what a shard stores: pure functions of arrays, no files, no Dask."""
+"""Turn waveforms into what a shard stores: arrays in, arrays out, no files, no Dask.
+
+Long waveforms come and go in blocks, so that memory does not depend on their length.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,80 +15,140 @@ from numpy.typing import DTypeLike, NDArray
 SILENCE_DB = -120.0
 """The floor of `activity_db`: the level of digital silence, dBFS."""
 
-
-def stft_frames(num_samples: int, n_fft: int, hop: int) -> int:
-    """Return how many frames `stft_blocks` yields in all: 1 + num_samples // hop.
-
-    Raises
-    ------
-    ValueError
-        If the waveform is too short to be reflected, or a size makes no sense.
-    """
-    if n_fft < 2 or n_fft % 2 or hop < 1:
-        raise ValueError(f"n_fft {n_fft} and hop {hop}: expected an even n_fft and a positive hop")
-    if num_samples <= n_fft // 2:
-        raise ValueError(
-            f"a waveform of {num_samples} samples: expected at least {n_fft // 2 + 1} to reflect "
-            f"half a window of n_fft {n_fft}; leave the track out"
-        )
-    return 1 + num_samples // hop
+_SMALLEST_NORMAL = np.float32(2**-14)  # of float16
+_CONVERTED_AT_ONCE = 1 << 15  # numbers, so that they stay in the cache
 
 
-def stft_blocks(
-    waveform: NDArray[np.float32], *, n_fft: int = 4096, hop: int = 1024, block_frames: int = 128
-) -> Iterator[NDArray[np.complex64]]:
-    """Compute the short-time Fourier transform, a block of frames at a time.
-
-    Periodic Hann window, centred frames (frame k is centred on sample k * hop), reflected at both
-    ends, not normalised: what `librosa.stft` and `torch.stft` compute by default.
+class Pieces:
+    """Cut a waveform that comes in blocks into pieces that may overlap.
 
     Parameters
     ----------
-    waveform
-        float32 [channel, sample].
+    size
+        Samples of a piece.
+    step
+        Samples from the start of one piece to that of the next.
+    """
+
+    def __init__(self, size: int, step: int) -> None:
+        self._size = size
+        self._step = step
+        self._buffer = np.empty(0, np.float32)
+        self._num_held = 0
+        self._num_skipped = 0  # left to skip, where pieces do not touch
+
+    def add(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """Take the next samples, float32 [..., sample]; yield the pieces that they complete.
+
+        A piece is overwritten when the next one is asked for.
+        """
+        if not self._buffer.size:
+            self._buffer = np.empty((*block.shape[:-1], self._size), np.float32)
+        start = 0
+        while True:
+            skipped = min(self._num_skipped, block.shape[-1] - start)
+            self._num_skipped -= skipped
+            start += skipped
+            taken = min(self._size - self._num_held, block.shape[-1] - start)
+            self._buffer[..., self._num_held : self._num_held + taken] = block[
+                ..., start : start + taken
+            ]
+            self._num_held += taken
+            start += taken
+            if self._num_held < self._size:
+                return
+            yield self._buffer
+            kept = max(self._size - self._step, 0)
+            self._buffer[..., :kept] = self._buffer[..., self._size - kept :]
+            self._num_held = kept
+            self._num_skipped = max(self._step - self._size, 0)
+
+    def rest(self) -> NDArray[np.float32]:
+        """Return the samples from the start of the piece that the end of the waveform cut short."""
+        return self._buffer[..., : self._num_held]
+
+
+class Stft:
+    """Compute the short-time Fourier transform of a waveform that comes in blocks.
+
+    Periodic Hann window, centred frames (frame k is centred on sample k * hop), reflected at both
+    ends, not normalised: what `librosa.stft` and `torch.stft` compute by default. There are
+    1 + num_samples // hop frames.
+
+    Parameters
+    ----------
     n_fft
         Samples of a window, even.
     hop
         Samples from one frame to the next.
     block_frames
-        Frames of every block but the last; the values do not depend on it.
-
-    Returns
-    -------
-    blocks
-        Each complex64 [frame, channel, bin], n_fft // 2 + 1 bins.
+        Frames of every block of the result but the last; the values do not depend on it.
 
     Raises
     ------
     ValueError
-        If the waveform has another rank or is too short, or a size makes no sense.
+        If a size makes no sense.
     """
-    if waveform.ndim != 2:
-        raise ValueError(f"a waveform of shape {waveform.shape}: expected [channel, sample]")
-    if block_frames < 1:
-        raise ValueError(f"block_frames {block_frames}: expected at least 1")
-    num_frames = stft_frames(waveform.shape[1], n_fft, hop)
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
 
-    def blocks() -> Iterator[NDArray[np.complex64]]:
-        for first in range(0, num_frames, block_frames):
-            num = min(block_frames, num_frames - first)
-            start = first * hop - n_fft // 2
-            samples = _reflected(waveform, start, start + (num - 1) * hop + n_fft)
-            frames = sliding_window_view(samples, n_fft, axis=1)[:, ::hop].swapaxes(0, 1)
-            yield scipy.fft.rfft(frames * window, axis=-1, overwrite_x=True)
+    def __init__(self, *, n_fft: int = 4096, hop: int = 1024, block_frames: int = 128) -> None:
+        if n_fft < 2 or n_fft % 2 or hop < 1:
+            raise ValueError(
+                f"n_fft {n_fft} and hop {hop}: expected an even n_fft and a positive hop"
+            )
+        if block_frames < 1:
+            raise ValueError(f"block_frames {block_frames}: expected at least 1")
+        self._n_fft = n_fft
+        self._hop = hop
+        self._window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
+        self._pieces = Pieces((block_frames - 1) * hop + n_fft, block_frames * hop)
+        self._ends: NDArray[np.float32] | None = None  # what to reflect: the start, then the end
+        self._is_started = False
 
-    return blocks()
+    def add(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.complex64]]:
+        """Take the next samples, float32 [channel, sample].
 
+        Yields
+        ------
+        complex64 [frame, channel, bin]
+            The blocks of frames that they complete, n_fft // 2 + 1 bins.
 
-def _reflected(waveform: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
-    """Take samples [start, stop) of a waveform that is reflected beyond both ends."""
-    last = waveform.shape[1] - 1
-    if start >= 0 and stop <= last + 1:
-        return waveform[:, start:stop]
-    index = np.abs(np.arange(start, stop))
-    reflected: NDArray[np.float32] = waveform[:, last - np.abs(last - index)]
-    return reflected
+        Raises
+        ------
+        ValueError
+            If the waveform has another rank.
+        """
+        if block.ndim != 2:
+            raise ValueError(f"a waveform of shape {block.shape}: expected [channel, sample]")
+        half = self._n_fft // 2
+        fresh = block
+        if self._ends is not None and (not self._is_started or block.shape[1] <= half):
+            block = np.concatenate([self._ends, block], axis=1)
+        if not self._is_started:
+            self._is_started = block.shape[1] > half
+            mirrored = np.concatenate([block[:, half:0:-1], block], axis=1)
+            fresh = mirrored if self._is_started else block[:, :0]
+        self._ends = block[:, -(half + 1) :].copy()
+        yield from map(self._transform, self._pieces.add(fresh))
+
+    def finish(self) -> Iterator[NDArray[np.complex64]]:
+        """Yield the last blocks; raises ValueError if the waveform was too short."""
+        if self._ends is None or not self._is_started:
+            num_samples = 0 if self._ends is None else self._ends.shape[1]
+            raise ValueError(
+                f"a waveform of {num_samples} samples: expected at least {self._n_fft // 2 + 1} to "
+                f"reflect half a window of n_fft {self._n_fft}; leave the track out"
+            )
+        yield from map(self._transform, self._pieces.add(self._ends[:, -2::-1]))
+        rest = self._pieces.rest()
+        if rest.shape[1] >= self._n_fft:
+            yield self._transform(rest)
+
+    def _transform(self, samples: NDArray[np.float32]) -> NDArray[np.complex64]:
+        frames = sliding_window_view(samples, self._n_fft, axis=1)[:, :: self._hop].swapaxes(0, 1)
+        spectrum: NDArray[np.complex64] = scipy.fft.rfft(
+            frames * self._window, axis=-1, overwrite_x=True
+        )
+        return spectrum
 
 
 def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
@@ -117,21 +180,81 @@ def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
     if not peak <= limit:  # so that NaN fails too
         remedy = "; use --stft-dtype float32" if np.isfinite(peak) else "; look at the waveform"
         raise ValueError(f"a spectrum of magnitude {peak:g}: expected at most {limit:g}{remedy}")
-    return parts.astype(target, copy=False)
+    return parts if target == np.float32 else _to_float16(parts)
 
 
-def to_mono(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Average the channels: float32 [channel, sample] to float32 [sample]."""
-    mono: NDArray[np.float32] = waveform.mean(axis=0, dtype=np.float32)
-    return mono
+def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Round to the nearest float16, ties to even: `values.astype(np.float16)`, faster.
+
+    NumPy converts a number at a time, very slowly those below 2**-14. Here the addition unit does
+    the rounding: beside 2**(exponent + 13) a float32 has as many bits left for a number with that
+    exponent as float16 has. The lowest bits of the sum are then the mantissa, leading one included,
+    which carries into the exponent that is added to it.
+
+    Parameters
+    ----------
+    values
+        float32 [...], contiguous, of magnitude below 65536.
+    """
+    result = np.empty(values.shape, np.float16)
+    source, target = values.reshape(-1).view(np.int32), result.reshape(-1).view(np.uint16)
+    exponents, numbers = np.empty((2, _CONVERTED_AT_ONCE), np.int32)
+    for start in range(0, len(source), _CONVERTED_AT_ONCE):
+        bits = source[start : start + _CONVERTED_AT_ONCE]
+        exponent, number = exponents[: len(bits)], numbers[: len(bits)]
+        magnitude, beside = number.view(np.float32), exponent.view(np.float32)
+        np.abs(bits.view(np.float32), out=magnitude)
+        np.maximum(magnitude, _SMALLEST_NORMAL, out=beside)
+        exponent &= 0x7F800000
+        # The bit at 11 turns the exponent's bias into float16's, in the 16 bits that are kept.
+        exponent += (13 << 23) + (1 << 11)
+        magnitude += beside
+        exponent >>= 13
+        number += exponent
+        np.right_shift(bits, 31, out=exponent)  # the sign, in every bit
+        exponent <<= 15
+        number |= exponent
+        target[start : start + _CONVERTED_AT_ONCE] = number
+    return result
 
 
-def resample(waveform: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
-    """Resample with soxr at quality HQ: float32 [..., sample] of one or two axes, contiguous."""
-    if from_hz == to_hz:
-        return waveform
-    resampled = soxr.resample(waveform.T, from_hz, to_hz, quality="HQ").T
-    return np.ascontiguousarray(resampled, dtype=np.float32)
+class MonoStream:
+    """Average the channels of a waveform that comes in blocks, and resample it with soxr (HQ).
+
+    Parameters
+    ----------
+    from_hz, to_hz
+        Rates.
+    num_samples
+        Of the result: codecs and resamplers differ by a few, so the end is cut or filled with
+        zeros.
+    """
+
+    def __init__(self, from_hz: int, to_hz: int, num_samples: int) -> None:
+        self._resampler = (
+            None
+            if from_hz == to_hz
+            else soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
+        )
+        self._num_missing = num_samples
+
+    def add(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take the next samples, float32 [channel, sample]; return what is ready, [sample]."""
+        mono: NDArray[np.float32] = block.mean(axis=0, dtype=np.float32)
+        return self._count(self._resampler.resample_chunk(mono) if self._resampler else mono)
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return the last samples, [sample]."""
+        if self._resampler:
+            left = self._count(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
+        else:
+            left = np.empty(0, np.float32)
+        return np.pad(left, (0, self._num_missing))
+
+    def _count(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        samples = samples[: self._num_missing]
+        self._num_missing -= len(samples)
+        return samples
 
 
 def activity_db(

@@ -1,14 +1,12 @@
 """Decode and probe audio: libsndfile for plain sound files, FFmpeg's libraries for containers.
 
-Both run in process. Decoding streams block by block into one preallocated array, so that the peak
-of memory is the array that is returned and little more.
+Both run in process, and give a block of samples at a time.
 """
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 import av
@@ -17,6 +15,8 @@ import soundfile
 import soxr
 from av.stream import Discard
 from numpy.typing import NDArray
+
+from flsep.pipeline.headers import read_header
 
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".aif", ".aiff"})
 """Files that libsndfile reads; FFmpeg reads all others (libsndfile fills a cut mp3 with zeros)."""
@@ -102,16 +102,13 @@ def probe_all(sources: Sequence[AudioStream]) -> list[MediaInfo]:
     MediaError
         As `probe` does, for the first bad stream.
     """
-    infos: dict[Path, tuple[MediaInfo, ...]] = {}
-    for path in dict.fromkeys(source.path for source in sources):
-        with _open(path) as (infos[path], _):
-            pass
+    infos = {path: _probe(path) for path in dict.fromkeys(source.path for source in sources)}
     return [_pick(source, infos[source.path]) for source in sources]
 
 
 def decode(
     source: AudioStream, *, sample_rate_hz: int = 44100, num_channels: int = 2
-) -> NDArray[np.float32]:
+) -> Iterator[NDArray[np.float32]]:
     """Decode one stream, resampling it (soxr, HQ) and duplicating mono where needed.
 
     Containers are trimmed as the `ffmpeg` program does: the encoder's priming is dropped, the
@@ -126,10 +123,10 @@ def decode(
     num_channels
         Channels of the result; the stream has as many, or one.
 
-    Returns
-    -------
-    waveform
-        float32 [channel, sample], full scale 1, contiguous.
+    Yields
+    ------
+    block
+        float32 [channel, sample], full scale 1: the next samples, about a second and a half.
 
     Raises
     ------
@@ -145,29 +142,23 @@ def decode(
                 "mix it down first"
             )
         blocks = _complete(read(source.stream or 0), source, info.num_samples)
-        most_samples = info.num_samples + tolerance_samples(source)
         if info.sample_rate_hz != sample_rate_hz:
             blocks = _resample(blocks, info, sample_rate_hz)
-            most_samples = ceil(most_samples * sample_rate_hz / info.sample_rate_hz)
-        try:
-            buffer = np.empty(num_channels * most_samples, np.float32)
-        except MemoryError as error:
-            raise MediaError(
-                f"{source}: declares {info.num_samples} samples, more than fit in memory; "
-                "a damaged header?"
-            ) from error
-        rows = buffer.reshape(num_channels, most_samples)
-        end = 0
         for block in blocks:
-            rows[:, end : end + len(block)] = block.T
-            end += len(block)
-    for channel in range(1, num_channels):  # close the gaps between rows, in place
-        buffer[channel * end : (channel + 1) * end] = rows[channel, :end]
-    return buffer[: num_channels * end].reshape(num_channels, end)
+            yield np.broadcast_to(block.T, (num_channels, len(block)))
 
 
 def _is_sound(path: Path) -> bool:
     return path.suffix.lower() in SOUND_SUFFIXES
+
+
+def _probe(path: Path) -> tuple[MediaInfo, ...]:
+    with _readable(path):
+        headers = read_header(path)
+        if headers:
+            return tuple(MediaInfo(*header, len(headers)) for header in headers)
+    with _open(path) as (infos, _):
+        return infos
 
 
 def _pick(source: AudioStream, infos: tuple[MediaInfo, ...]) -> MediaInfo:
@@ -183,16 +174,22 @@ def _pick(source: AudioStream, infos: tuple[MediaInfo, ...]) -> MediaInfo:
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Opened]:
-    """Open a file with the reader for its kind and speak of its errors in one voice."""
-    if not path.is_file():
-        raise MediaError(f"{path}: no such file")
-    if not path.stat().st_size:
-        raise MediaError(f"{path}: is an empty file; remove or replace it")
+    """Open a file with the reader for its kind."""
     opener: Callable[[Path], AbstractContextManager[_Opened]]
     opener = _open_sound if _is_sound(path) else _open_container
+    with _readable(path), opener(path) as opened:
+        yield opened
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Refuse what is no file with something in it, and speak of all errors in one voice."""
     try:
-        with opener(path) as opened:
-            yield opened
+        if not path.is_file():
+            raise MediaError(f"{path}: no such file")
+        if not path.stat().st_size:
+            raise MediaError(f"{path}: is an empty file; remove or replace it")
+        yield
     except (OSError, soundfile.LibsndfileError, av.FFmpegError) as error:
         reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", error))
         raise MediaError(

@@ -1,6 +1,7 @@
 """Plan the work from headers alone: tracks into shards, their sizes, the memory it takes."""
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ def plan_shards(
     groups: list[tuple[list[PlannedTrack], int]] = []
     split = ""
     for track in corpus.tracks:
-        planned = PlannedTrack(track, _stored_samples(corpus.infos[track.name], config))
+        planned = PlannedTrack(track, stored_samples(corpus.infos[track.name], config))
         size = _track_bytes(planned, layout, config)
         if groups and track.split == split and groups[-1][1] + size <= shard_bytes:
             groups[-1][0].append(planned)
@@ -107,17 +108,56 @@ def plan_shards(
         split = track.split
     tasks = [ShardTask(_shard_name(tracks), tuple(tracks), size) for tracks, size in groups]
     tasks.sort(key=lambda task: (-task.num_bytes, task.name))
-    longest = max(planned.num_samples for task in tasks for planned in task.tracks)
+    return make_plan_of(tasks, config, rejected=corpus.rejected)
+
+
+def make_plan_of(
+    tasks: Sequence[ShardTask], config: FeatureConfig, *, rejected: tuple[tuple[str, str], ...]
+) -> Plan:
+    """Add up what tasks will take."""
+    longest = max((planned.num_samples for task in tasks for planned in task.tracks), default=0)
     waveform_bytes = 4 * config.num_channels * longest
     return Plan(
         tasks=tuple(tasks),
-        rejected=corpus.rejected,
+        rejected=rejected,
         num_bytes=sum(task.num_bytes for task in tasks),
         worker_bytes=_WORKER_BYTES + int(_WAVEFORM_COPIES * waveform_bytes),
     )
 
 
-def _stored_samples(info: TrackInfo, config: FeatureConfig) -> int:
+def share_tasks(tasks: Sequence[ShardTask], number: int, num_parts: int) -> tuple[ShardTask, ...]:
+    """Return the tasks of one of several parts of equal size, the same ones for the same plan.
+
+    Each task, largest first, goes to the part that has least so far.
+
+    Parameters
+    ----------
+    tasks : sequence of ShardTask
+        All tasks of a plan, largest first.
+    number : int
+        Of the part, from 1.
+    num_parts : int
+        How many there are.
+
+    Raises
+    ------
+    ValueError
+        If there is no such part.
+    """
+    if not 1 <= number <= num_parts:
+        raise ValueError(f"--part {number}/{num_parts}: expected a part from 1 to {num_parts}")
+    loads = [(0, part) for part in range(1, num_parts + 1)]  # a heap
+    share = []
+    for task in tasks:
+        load, part = loads[0]
+        heapq.heapreplace(loads, (load + task.num_bytes, part))
+        if part == number:
+            share.append(task)
+    return tuple(share)
+
+
+def stored_samples(info: TrackInfo, config: FeatureConfig) -> int:
+    """Return the length that a track has at the rate of the shards."""
     return info.num_samples * config.sample_rate_hz // info.sample_rate_hz
 
 

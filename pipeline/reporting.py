@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flsep.pipeline.config import FeatureConfig
+from flsep.pipeline.memory import free_bytes, required_bytes
 
 if TYPE_CHECKING:
     from flsep.pipeline.plan import Plan, ShardTask
@@ -41,12 +42,9 @@ def describe_client(client: Any) -> str:
 
 
 def require_memory(plan: "Plan", workers: int) -> None:
-    """Refuse a plan that does not fit into this machine's free memory before it starts."""
-    # A worker's own use: TensorFlow with VGGish and its activations for 128 windows, measured.
-    needed = max(workers, 1) * (plan.worker_bytes + (2 << 30))
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
-    available = int(fields["MemAvailable"].split()[0]) << 10
+    """Refuse a plan that does not fit into the free memory of this machine or job."""
+    needed = max(workers, 1) * required_bytes(plan)
+    available = free_bytes()
     if needed > available:
         raise ValueError(
             f"{max(workers, 1)} worker(s) need about {show_bytes(needed)} of memory, "
@@ -55,17 +53,20 @@ def require_memory(plan: "Plan", workers: int) -> None:
 
 
 @contextmanager
-def progress(plan: "Plan", config: FeatureConfig) -> Iterator[Callable[["ShardTask", Any], None]]:
+def progress(
+    tasks: Sequence["ShardTask"], config: FeatureConfig
+) -> Iterator[Callable[["ShardTask", Any], None]]:
     """Show tracks, hours of audio a minute, and the time left."""
     from tqdm import tqdm
 
     start = time.monotonic()
     done_seconds = 0.0
-    total = sum(task.audio_seconds(config.sample_rate_hz) for task in plan.tasks)
+    total = sum(task.audio_seconds(config.sample_rate_hz) for task in tasks)
+    num_all = sum(len(task.tracks) for task in tasks)
     with tqdm(
         total=total / 3600,
         unit="h",
-        desc="precompute",
+        desc="tracks",
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h "
         "[{elapsed}<{remaining}{postfix}]",
         dynamic_ncols=True,
@@ -80,7 +81,7 @@ def progress(plan: "Plan", config: FeatureConfig) -> Iterator[Callable[["ShardTa
             done_seconds += seconds
             rate = done_seconds / 60 / (time.monotonic() - start)
             bar.set_postfix_str(
-                f"{num_tracks}/{len(plan.tracks)} tracks, {rate:.2g} audio h/min", refresh=False
+                f"{num_tracks}/{num_all} tracks, {rate:.2g} audio h/min", refresh=False
             )
             bar.update(min(seconds / 3600, bar.total - bar.n))
             for name, reason in shard.rejected if shard else ():
@@ -101,6 +102,8 @@ def describe_summary(summary: "RunSummary", shards: Path) -> None:
     if total := sum(parts.values()):
         split = ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in sorted(parts.items()))
         click.echo(f"time     {split}")
+    for problem in summary.renewed:
+        click.echo(f"renewed  {problem}", err=True)
     if summary.failed:
         click.echo(f"failed   {len(summary.failed)} tracks:", err=True)
         for name, reason in summary.failed:

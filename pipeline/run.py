@@ -13,6 +13,7 @@ from typing import Any
 
 from flsep.cache import (
     MismatchError,
+    MissingDataError,
     ShardFile,
     build_index,
     remove_leftovers,
@@ -20,9 +21,10 @@ from flsep.cache import (
     write_json,
 )
 from flsep.cache.format import INDEX_NAME, fingerprint
-from flsep.pipeline.build import ShardReport, ShardSettings, make_shard
+from flsep.pipeline.build import ShardReport, ShardSettings, find_problem, make_shard
 from flsep.pipeline.execute import Outcome, run_inline
-from flsep.pipeline.plan import Plan, ShardTask
+from flsep.pipeline.failures import read_failures, still_failed
+from flsep.pipeline.plan import Plan, ShardTask, share_tasks
 
 CONFIG_NAME = "config.json"
 Runner = Callable[
@@ -47,6 +49,8 @@ class RunSummary:
         Time that all workers together spent on each part.
     failed : list of (str, str)
         Tracks that are not stored, with the reason.
+    renewed : list of str
+        What was wrong with the shards that were there and were made again.
     """
 
     num_made: int = 0
@@ -55,6 +59,7 @@ class RunSummary:
     wall_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    renewed: list[str] = field(default_factory=list)
 
 
 def run_plan(
@@ -63,6 +68,8 @@ def run_plan(
     *,
     runner: Runner = run_inline,
     report: Callable[[ShardTask, ShardReport | None], None] = lambda task, shard: None,
+    part: tuple[int, int] | None = None,
+    repair: bool = False,
 ) -> RunSummary:
     """Make every shard of a plan that is not there yet, then the index.
 
@@ -76,6 +83,11 @@ def run_plan(
         Runs a function over tasks and yields an `Outcome` for each.
     report : callable
         Told of each task as it ends, with None for one that failed as a whole.
+    part : (int, int), optional
+        Make the shards of the I-th of N parts alone, and no index: see `finalise`. Parts may run
+        at the same time.
+    repair : bool
+        Try the tracks again that failed before.
 
     Raises
     ------
@@ -86,13 +98,15 @@ def run_plan(
     """
     start = time.perf_counter()
     folder = settings.folder
+    tasks = plan.tasks if part is None else share_tasks(plan.tasks, *part)
     folder.mkdir(parents=True, exist_ok=True)
-    summary = RunSummary(failed=list(plan.rejected))
-    with _locked(folder):
+    summary = RunSummary(failed=[] if part else list(plan.rejected))
+    with _locked(folder, shared=part is not None):
         _claim(folder, settings)
-        remove_leftovers(folder)
+        if part is None:
+            remove_leftovers(folder)
         made = []
-        for outcome in runner(partial(make_shard, settings=settings), plan.tasks):
+        for outcome in runner(partial(make_shard, settings=settings, repair=repair), tasks):
             if outcome.error is not None:
                 # A disk that is full or gone fails every task alike: stop, and say it once.
                 if isinstance(outcome.error, OSError):
@@ -106,13 +120,59 @@ def run_plan(
                 made.append(outcome.result.name)
             report(outcome.task, outcome.result)
         summary.failed.sort()
-        if made:
-            index = build_index(ShardFile(folder / name) for name in sorted(made))
-            write_index(folder, index)
-        else:
-            (folder / INDEX_NAME).unlink(missing_ok=True)
+        if part is None:
+            _index(folder, made)
     summary.wall_seconds = time.perf_counter() - start
     return summary
+
+
+def finalise(plan: Plan, settings: ShardSettings) -> RunSummary:
+    """Write the index of the shards that parts have made.
+
+    Raises
+    ------
+    MissingDataError
+        If a shard is missing, or is not the one that the plan has.
+    MismatchError
+        If the folder holds shards of another configuration, or a run is writing into it.
+    """
+    start = time.perf_counter()
+    folder = settings.folder
+    if not (folder / CONFIG_NAME).exists():
+        raise MissingDataError(f"{folder}: no part has run here; expected shards to index")
+    summary = RunSummary(failed=list(plan.rejected))
+    with _locked(folder, shared=False):
+        _claim(folder, settings)
+        remove_leftovers(folder)
+        made, problems = [], []
+        for task in plan.tasks:
+            path = folder / task.name
+            failed = dict(still_failed(task.tracks, read_failures(path)))
+            summary.failed += [(name, failure.reason) for name, failure in failed.items()]
+            tracks = [planned for planned in task.tracks if planned.track.name not in failed]
+            if not tracks:
+                continue
+            if problem := find_problem(path, tracks, settings, verify=False):
+                problems.append(f"{problem} (for {tracks[0].track.name!r})")
+            made.append(task.name)
+            summary.num_kept += len(tracks)
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise MissingDataError(
+                f"{folder}: {len(problems)} of {len(plan.tasks)} shards are not there: "
+                f"{'; '.join(problems[:5])}{more}. Run the parts again that were to make them"
+            )
+        summary.failed.sort()
+        _index(folder, made)
+    summary.wall_seconds = time.perf_counter() - start
+    return summary
+
+
+def _index(folder: Path, names: Sequence[str]) -> None:
+    if names:
+        write_index(folder, build_index(ShardFile(folder / name) for name in sorted(names)))
+    else:
+        (folder / INDEX_NAME).unlink(missing_ok=True)
 
 
 def find_strangers(folder: Path, plan: Plan) -> list[str]:
@@ -123,6 +183,8 @@ def find_strangers(folder: Path, plan: Plan) -> list[str]:
 
 def _add(summary: RunSummary, shard: ShardReport) -> None:
     summary.failed += shard.rejected
+    if shard.found:
+        summary.renewed.append(shard.found)
     for part, seconds in shard.seconds.items():
         summary.seconds[part] = summary.seconds.get(part, 0.0) + seconds
     if shard.kept:
@@ -133,15 +195,25 @@ def _add(summary: RunSummary, shard: ShardReport) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one run at a time write into a folder; the lock ends with the process."""
+def _locked(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Let one run, or any number of parts, write into a folder; the lock ends with the process.
+
+    It counts on `flock` reaching all machines that see the folder, as it does on a local disk, on
+    NFS, on GPFS, and on Lustre that is mounted with ``flock``. Where it does not, two runs do each
+    other's work and cannot spoil it: they write under names of their own, then rename.
+    """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise MismatchError(
                 f"{folder}: another run is writing into it; wait for it, or use another folder"
+            ) from error
+        except OSError as error:
+            raise MismatchError(
+                f"{folder}: its file system cannot lock files ({error.strerror}); mount it with "
+                "locks, or use another folder"
             ) from error
         yield
     finally:

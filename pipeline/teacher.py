@@ -7,7 +7,7 @@ waveforms are fed in chunks of whole windows, so that memory is bounded by the c
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,17 @@ class Teacher:
     ----------
     info : TeacherInfo
         Identity and windowing.
+    batch_windows : int
+        Most windows that the model sees at once.
     """
 
     info: TeacherInfo
+    batch_windows: int
 
     def __init__(self, model: Any, info: TeacherInfo, *, batch_windows: int) -> None:
         self._model = model
         self.info = info
-        self._batch_windows = batch_windows
+        self.batch_windows = batch_windows
 
     @classmethod
     def load(
@@ -90,6 +93,7 @@ class Teacher:
         *,
         batch_windows: int = 128,
         num_threads: int | None = None,
+        info: TeacherInfo | None = None,
     ) -> Teacher:
         """Load a teacher and find out how it cuts audio into windows.
 
@@ -101,6 +105,9 @@ class Teacher:
             Most windows that the model sees at once.
         num_threads : int, optional
             Threads of TensorFlow in this process; by default as many as there are cores.
+        info : TeacherInfo, optional
+            What an earlier load of the same teacher found: its windows are not looked for again.
+            Compare the digest of the result with that of `info`.
 
         Returns
         -------
@@ -132,10 +139,13 @@ class Teacher:
                 "delete that folder and make or download it again"
             ) from error
         function = _Function(name, model)
+        digest = content_digest(folder)
+        if info is not None:
+            return cls(function, replace(info, digest=digest), batch_windows=batch_windows)
         window_samples, hop_samples, dim = _find_windows(function)
         info = TeacherInfo(
             handle=name,
-            digest=content_digest(folder),
+            digest=digest,
             sample_rate_hz=SAMPLE_RATE_HZ,
             dim=dim,
             window_samples=window_samples,
@@ -175,7 +185,7 @@ class Teacher:
                 f"expected at least one window of {self.info.window_samples} "
                 f"at {self.info.sample_rate_hz} Hz"
             )
-        return _embed_in_chunks(self._model, self.info, waveform, self._batch_windows)
+        return _embed_in_chunks(self._model, self.info, waveform, self.batch_windows)
 
 
 class _Function:

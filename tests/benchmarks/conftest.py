@@ -1,11 +1,15 @@
 """Benchmarks print ratios measured in one run; `make bench` runs them at full size."""
 
+import ctypes
 import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -32,6 +36,38 @@ def best_seconds(full_size: bool) -> Callable[..., list[float]]:
 
 
 @pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], Any]], int]:
+    """Return what a function needs at its peak beyond what there is: on the GPU, or of Linux."""
+
+    def measure(function: Callable[[], Any]) -> int:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            return torch.cuda.max_memory_allocated() - before
+        if sys.platform != "linux":
+            pytest.skip("peak memory is read from /proc")
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-4, 65536)  # glibc's defaults, should memory have been kept
+        malloc.mallopt(-1, 128 << 10)
+        malloc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _read_status("VmRSS")
+        function()
+        return _read_status("VmHWM") - before
+
+    return measure
+
+
+def _read_status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.fixture
 def print_table(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Print rows under a title, past pytest's capture."""
 
@@ -54,4 +90,20 @@ def bench_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("teacher") / "musicnn"
     export_musicnn(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench_vggish(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return VGGish with random weights: what it costs does not depend on them."""
+    from flsep.pipeline import export, vggish
+    from flsep.pipeline.savedmodel import import_tensorflow
+
+    rng = np.random.default_rng(0)
+    variables = {
+        name: (rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
+        for name, shape in vggish.SHAPES.items()
+    }
+    folder = tmp_path_factory.mktemp("teacher") / "vggish"
+    export._export(import_tensorflow(), folder, variables, {"__call__": vggish.embed})
     return folder

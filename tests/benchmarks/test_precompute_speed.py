@@ -1,114 +1,195 @@
-"""The offline stage on the real track: its split, and a shard's size and read speed."""
+"""The offline stage on the real track: against a plain script, its parts, and its limits."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
+import offline_ways
 import pytest
+import soundfile
 
-from flsep.cache import ShardFile
-from flsep.pipeline.build import ShardSettings, make_shard
-from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.plan import ShardTask, plan_shards
-from flsep.pipeline.teacher import Teacher
-from flsep.pipeline.tracks import find_corpus
+PARTS = ("decode", "stft", "teacher", "write")
 
-EXCERPT_FRAMES = 259  # 6 s
+
+def run_together(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
+    """Run ways of `offline_ways` in processes that begin at the same time."""
+    program = [sys.executable, str(offline_ways.__file__)]
+    processes = [
+        subprocess.Popen(
+            [*program, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = []
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        results.append(json.loads(output))
+    return results
+
+
+def repeat_packets(source: Path, target: Path, times: int) -> None:
+    """Write a stem file that holds all streams of another a number of times."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        streams = {
+            stream.index: new.add_stream_from_template(stream) for stream in old.streams.audio
+        }
+        packets: dict[int, list[bytes]] = {index: [] for index in streams}
+        for packet in old.demux(old.streams.audio):
+            if packet.size:
+                packets[packet.stream.index].append(bytes(packet))
+        num_packets = min(map(len, packets.values()))
+        for number in range(times * num_packets):
+            for index, stream in streams.items():
+                packet = av.Packet(packets[index][number % num_packets])
+                packet.stream, packet.time_base = stream, Fraction(1, 44100)
+                packet.pts = packet.dts = 1024 * number
+                packet.duration = 1024
+                new.mux(packet)
 
 
 @pytest.fixture
-def job(tmp_path: Path, corpus: Path, bench_teacher: Path) -> tuple[ShardTask, ShardSettings]:
-    """Return the task of making the real track's shard, and its settings."""
-    config = FeatureConfig()
-    found = find_corpus(corpus)
-    teacher = Teacher.load(str(bench_teacher))
-    settings = ShardSettings(
-        folder=tmp_path,
-        config=config,
-        sources=found.sources,
-        teacher=teacher.info,
-        teacher_folder=bench_teacher,
-        num_threads=2,
-    )
-    (task,) = plan_shards(found, config).tasks
-    return task, settings
+def corpora(tmp_path: Path, example_track: Path, full_size: bool) -> list[Path]:
+    """Two corpora of one track each, the real one repeated to two minutes."""
+    track = tmp_path / "long.stem.mp4"
+    repeat_packets(example_track, track, 20 if full_size else 1)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        (folder / "train").mkdir(parents=True)
+        (folder / "train" / track.name).symlink_to(track)
+        (folder / "out").mkdir()
+    return folders
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, example_track: Path) -> Path:
-    (tmp_path / "corpus" / "train").mkdir(parents=True)
-    (tmp_path / "corpus" / "train" / example_track.name).symlink_to(example_track)
-    return tmp_path / "corpus"
+@pytest.fixture(params=["vggish", "musicnn"])
+def teacher(request: pytest.FixtureRequest, full_size: bool) -> Path:
+    if not full_size and request.param == "vggish":
+        pytest.skip("at full size only; the small run has one small teacher")
+    name = "bench_vggish" if request.param == "vggish" else "bench_teacher"
+    folder: Path = request.getfixturevalue(name)
+    return folder
 
 
+@pytest.mark.usefixtures("ffmpeg_on_path")
 def test_precompute(
-    job: tuple[ShardTask, ShardSettings],
-    tmp_path: Path,
-    bench_teacher: Path,
+    corpora: list[Path],
+    teacher: Path,
     full_size: bool,
     print_table: Callable[..., None],
 ) -> None:
-    task, settings = job
-    seconds = task.audio_seconds(settings.config.sample_rate_hz)
-    make_shard(task, settings)
-    best: dict[str, float] = {}
-    for _ in range(5 if full_size else 1):
-        (tmp_path / task.name).unlink()
-        report = make_shard(task, settings)
-        assert report.num_tracks == 1
-        spent = {part: report.seconds[part] for part in ("decode", "stft", "teacher", "write")}
-        if not best or sum(spent.values()) < sum(best.values()):
-            best = spent
-    total = sum(best.values())
-    rows = [
-        (part, f"{spent:.3f}", f"{100 * spent / total:.0f} %", f"{seconds / spent:.0f}")
-        for part, spent in best.items()
+    track = next((corpora[0] / "train").iterdir())
+    with av.open(str(track)) as container:
+        assert container.duration is not None
+        seconds = container.duration / av.time_base
+
+    def work(*folders: Path) -> list[dict[str, Any]]:
+        for folder in folders:
+            for shard in (folder / "out").glob("*.h5"):
+                shard.unlink()
+        return run_together(*(("flsep", folder, teacher, folder / "out") for folder in folders))
+
+    spin = ("spin", "1" if full_size else "0.1")
+    spins = [
+        sum(result["rounds_per_second"] for result in run_together(*commands))
+        for commands in ([spin], [spin, spin])
     ]
-    rows.append(("all", f"{total:.3f}", "100 %", f"{seconds / total:.1f}"))
+    (plain,) = run_together(("plain", track, teacher, corpora[0] / "out"))
+    (corpora[0] / "out" / "plain.h5").unlink()
+    rounds = range(2 if full_size else 1)
+    pairs = [work(*corpora) for _ in rounds]
+    two = min(pairs, key=lambda results: max(result["wall_seconds"] for result in results))
+    alone = [work(corpora[0])[0] for _ in rounds] if full_size else two
+    one = min(alone, key=lambda result: result["wall_seconds"])
+    shard = next((corpora[0] / "out").glob("*.h5"))
+    (copied,) = run_together(("copy", shard, corpora[1] / "out"))
+    plain_seconds = sum(plain["seconds"].values())
+    two_seconds = max(result["wall_seconds"] for result in two) / 2
+
+    def describe(name: str, took: float, parts: dict[str, float]) -> tuple[str, ...]:
+        shares = [f"{parts[p]:.1f} s, {100 * parts[p] / sum(parts.values()):.0f} %" for p in PARTS]
+        return (name, f"{seconds / took:.1f}", f"{plain_seconds / took:.1f}", *shares)
+
     print_table(
-        f"precompute, {seconds:.2f} s of five stereo streams, {bench_teacher.name}, one process",
-        ("part", "seconds", "share", "audio seconds a second"),
-        rows,
-    )
-
-
-def test_shard_reading(
-    job: tuple[ShardTask, ShardSettings],
-    tmp_path: Path,
-    best_seconds: Callable[..., list[float]],
-    print_table: Callable[..., None],
-) -> None:
-    task, settings = job
-    make_shard(task, settings)
-    shard = ShardFile(tmp_path / task.name)
-    spectrum = shard.read(0, "stft", 0, verify=True)
-    length = min(EXCERPT_FRAMES, len(spectrum) - 1)
-    buffer = np.empty((length, *spectrum.shape[1:]), spectrum.dtype)
-    source = np.ones_like(buffer)
-
-    def read() -> None:
-        for signal in range(5):
-            np.copyto(buffer, shard.read(0, "stft", signal, verify=True)[1 : 1 + length])
-
-    def copy() -> None:
-        for _ in range(5):
-            np.copyto(buffer, source)
-
-    read()
-    np.testing.assert_array_equal(buffer, shard.read(0, "stft", 4, verify=True)[1 : 1 + length])
-    read_seconds, copy_seconds = best_seconds(read, copy, rounds=50)
-    size = 5 * buffer.nbytes
-    seconds = task.audio_seconds(settings.config.sample_rate_hz)
-    print_table(
-        f"shard: {shard.num_bytes / 1e6:.1f} MB for {seconds:.2f} s, "
-        f"{shard.num_bytes / seconds / 1e6:.2f} MB a second of audio (page cache warm)",
-        ("6 s excerpt of 5 signals", "GB/s", "share of copy"),
+        f"precompute, {seconds:.0f} s of five stereo streams, {teacher.name}, "
+        f"{len(os.sched_getaffinity(0))} cores",
+        ("way", "audio seconds a second", "times the script", *PARTS),
         [
-            ("copy in memory", f"{size / copy_seconds / 1e9:.1f}", "1"),
-            (
-                "read from the shard",
-                f"{size / read_seconds / 1e9:.1f}",
-                f"{copy_seconds / read_seconds:.2f}",
-            ),
+            describe("plain script", plain_seconds, plain["seconds"]),
+            describe("one worker", one["wall_seconds"], one["seconds"]),
+            describe("two workers", two_seconds, two[0]["seconds"]),
         ],
     )
+    write = one["shard_bytes"] / one["seconds"]["write"]
+    share = one["cpu_seconds"] / one["wall_seconds"]
+    print_table(
+        "its limits",
+        ("what", "found", "limit", "share"),
+        [
+            compare("teacher, windows/s", one, "windows_per_second"),
+            (
+                "write, MB/s",
+                f"{write / 1e6:.0f}",
+                f"{copied['bytes_per_second'] / 1e6:.0f} (copy)",
+                f"{100 * write / copied['bytes_per_second']:.0f} %",
+            ),
+            (
+                "two workers, times one",
+                f"{one['wall_seconds'] / two_seconds:.2f}",
+                f"{spins[1] / spins[0]:.2f} (loops)",
+                f"{100 * one['wall_seconds'] / two_seconds * spins[0] / spins[1]:.0f} %",
+            ),
+            ("one worker, of a core", f"{share:.2f}", "1", f"{100 * share:.0f} %"),
+        ],
+    )
+
+
+def compare(name: str, result: dict[str, Any], key: str) -> tuple[str, ...]:
+    found, limit = result[key], result[f"large_batch_{key}"]
+    return (name, f"{found:.1f}", f"{limit:.1f} (batch 128)", f"{100 * found / limit:.0f} %")
+
+
+def test_memory_does_not_grow_with_the_track(
+    tmp_path: Path,
+    tiny_teacher: Path,
+    full_size: bool,
+    print_table: Callable[..., None],
+) -> None:
+    rng = np.random.default_rng(0)
+    minute = rng.uniform(-0.5, 0.5, (60 * 44100, 2)).astype(np.float32)
+    peaks = {}
+    for minutes in (10, 60) if full_size else (1, 3):
+        folder = tmp_path / "corpus" / "test" / "track"
+        folder.mkdir(parents=True)
+        with soundfile.SoundFile(folder / "a.wav", "w", 44100, 2) as file:  # the mixture: their sum
+            for _ in range(minutes):
+                file.write(minute)
+        (tmp_path / "out").mkdir()
+        (result,) = run_together(
+            ("flsep", tmp_path / "corpus", tiny_teacher, tmp_path / "out", "a")
+        )
+        peaks[minutes] = result["peak_bytes"]
+        for name in ("corpus", "out"):
+            shutil.rmtree(tmp_path / name)
+    short, long = peaks.values()
+    print_table(
+        "memory of a worker, the small teacher",
+        ("minutes", "peak, MiB"),
+        [(str(minutes), f"{peak / 2**20:.0f}") for minutes, peak in peaks.items()],
+    )
+    waveform_bytes = 44100 * 60 * 2 * 4 * (max(peaks) - min(peaks))
+    assert long - short < 0.2 * waveform_bytes

@@ -1,9 +1,12 @@
 """The contract between writer and reader: what goes in comes out, damage is refused."""
 
+import hashlib
 import json
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -320,13 +323,13 @@ def test_index_that_names_a_file_elsewhere_is_refused(shards: tuple[Path, Conten
         Shards(shards[0])
 
 
-def test_more_shards_than_are_kept_open(
+def test_more_shards_than_are_kept_mapped(
     tmp_path: Path,
     write_shard: Callable[..., Path],
     track_arrays: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flsep.cache.reader._MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("flsep.cache.reader._MAX_MAPPED_SHARDS", 2)
     content = {str(seed): track_arrays(seed, 320, 2) for seed in range(5)}
     paths = [
         write_shard(tmp_path / f"{name}.h5", {name: ("train", arrays)})
@@ -334,6 +337,73 @@ def test_more_shards_than_are_kept_open(
     ]
     write_index(tmp_path, build_index(map(ShardFile, paths)))
     reader = Shards(tmp_path)
+    kept = reader.read(reader.tracks("train")[0], "stft", 0)
     same_content(reader, content)
+    assert sum(shard._map is not None for shard in reader._open.values()) == 2
+    np.testing.assert_array_equal(kept, content["0"]["stft"][0])
+    # Neither HDF5 nor the digests are asked again.
+    monkeypatch.setattr("h5py.File", None)
+    monkeypatch.setattr("hashlib.sha256", None)
     same_content(reader, content)
-    assert len(reader._open) == 2
+
+
+def test_a_shard_replaced_while_in_use_is_refused(
+    shards: tuple[Path, Content], write_shard: Callable[..., Path]
+) -> None:
+    folder, content = shards
+    reader = Shards(folder)
+    track = reader.tracks("test")[0]
+    before = reader.read(track, "stft", 0)
+    write_shard(folder / "1.h5", {"../c": ("test", content["ü"])})
+    # What is mapped stays what it was.
+    np.testing.assert_array_equal(before, content["../c"]["stft"][0])
+    np.testing.assert_array_equal(reader.read(track, "stft", 0), content["../c"]["stft"][0])
+    reader._open["1.h5"].unmap()
+    with pytest.raises(MismatchError, match=r"1\.h5: replaced or altered since it was opened"):
+        reader.read(track, "stft", 0)
+
+
+def digest_all(reader: Shards) -> str:
+    """Digest everything the shards hold, as `reader` reads it."""
+    digest = hashlib.sha256()
+    for track in reader.index.tracks:
+        for name in ("stft", "embedding", "activity"):
+            for signal in range(3):
+                digest.update(reader.read(track, name, signal).tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_another_process_reads_the_same(shards: tuple[Path, Content], method: str) -> None:
+    reader = Shards(shards[0])
+    expected = digest_all(reader)
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert pool.submit(digest_all, reader).result() == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_inherit_a_held_lock(shards: tuple[Path, Content]) -> None:
+    reader = Shards(shards[0])
+    expected = digest_all(reader)
+    results = multiprocessing.get_context("fork").SimpleQueue()
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: results.put(digest_all(reader)), daemon=True
+    )
+    with reader._lock:
+        child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert results.get() == expected
+
+
+def test_many_threads_read_the_same(
+    shards: tuple[Path, Content], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flsep.cache.reader._MAX_MAPPED_SHARDS", 1)
+    expected = digest_all(Shards(shards[0]))
+    reader = Shards(shards[0])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: digest_all(reader), range(40)))
+    assert set(found) == {expected}

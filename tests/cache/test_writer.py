@@ -17,8 +17,11 @@ from flsep.cache.writer import TrackWriter, write_json
 PLAN = TrackPlan(name="x", split="train", num_samples=100, num_windows=5, with_audio=False)
 
 
-def one_track(layout: Layout, folder: Path, action: Callable[[TrackWriter], None]) -> None:
-    with ShardWriter(folder / "a.h5", layout, [PLAN], config={}, packages={}) as shard:
+def one_track(
+    layout: Layout, folder: Path, action: Callable[[TrackWriter], None], with_audio: bool = False
+) -> None:
+    plan = replace(PLAN, with_audio=with_audio)
+    with ShardWriter(folder / "a.h5", layout, [plan], config={}, packages={}) as shard:
         action(shard.tracks[0])
 
 
@@ -138,6 +141,76 @@ def test_audio_beyond_full_scale_is_scaled_not_clipped(
     loud = shard.read(0, "audio", 0, verify=True) * shard.tracks[0].audio_scale[0]
     np.testing.assert_allclose(loud, arrays["audio"][0], atol=15 / 32767)
     assert np.abs(loud).max() > 14
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_audio_in_blocks_gives_the_same_bytes(
+    tmp_path: Path,
+    layout: Layout,
+    write_shard: Callable[..., Path],
+    track_arrays: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+) -> None:
+    whole = write_shard(tmp_path / "a.h5", {"x": ("test", track_arrays(1))})
+    append = TrackWriter.append_audio
+
+    def in_blocks(track: TrackWriter, signal: int, waveform: Any) -> None:
+        for start in range(0, waveform.shape[1], size):
+            append(track, signal, waveform[:, start : start + size])
+        append(track, signal, waveform[:, :0])
+
+    monkeypatch.setattr(TrackWriter, "append_audio", in_blocks)
+    monkeypatch.setattr("flsep.cache.spool._SAMPLES_AT_ONCE", 33)
+    blocks = write_shard(tmp_path / "b.h5", {"x": ("test", track_arrays(1))})
+    assert blocks.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [whole, blocks]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 60), (2, 60)], r"\(2, 60\) at sample 60 of audio\[1\] does not fit \(3, 2, 100\)"),
+        ([(1, 60)], r"block \(1, 60\) at sample 0 of audio\[1\] does not fit"),
+    ],
+)
+def test_audio_that_does_not_fit_is_refused(
+    tmp_path: Path, layout: Layout, shapes: list[tuple[int, int]], message: str
+) -> None:
+    def append(track: TrackWriter) -> None:
+        for shape in shapes:
+            track.append_audio(1, np.zeros(shape, np.float32))
+
+    with pytest.raises(ValueError, match=message):
+        one_track(layout, tmp_path, append, with_audio=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_waiting_audio_is_named(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def append(track: TrackWriter) -> None:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        track.append_audio(1, np.zeros((2, 60), np.float32))
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        one_track(layout, tmp_path, append, with_audio=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_is_not_finite_is_refused_in_any_precision(
+    tmp_path: Path, layout: Layout, value: float, dtype: type
+) -> None:
+    block = np.full((7, 2, 33, 2), np.finfo(np.float16).min, dtype)
+    layout = replace(layout, stft_dtype=np.dtype(dtype).name)
+    block[6, 1, 32, 1] = value
+    with pytest.raises(ValueError, match=r"stft\[2\] would hold NaN or infinity from row 0"):
+        one_track(layout, tmp_path, lambda track: track.append("stft", 2, block))
 
 
 def test_16_bit_audio_is_kept_exactly(

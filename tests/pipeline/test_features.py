@@ -1,6 +1,7 @@
 import itertools
 import math
 import tracemalloc
+from collections.abc import Iterable, Iterator
 
 import librosa
 import numpy as np
@@ -11,12 +12,11 @@ from hypothesis import strategies as st
 
 from flsep.pipeline.features import (
     MagnitudeMoments,
+    MonoStream,
+    Pieces,
+    Stft,
     activity_db,
     pack,
-    resample,
-    stft_blocks,
-    stft_frames,
-    to_mono,
 )
 from flsep.pipeline.media import AudioStream, decode
 
@@ -24,6 +24,25 @@ from flsep.pipeline.media import AudioStream, decode
 def noise(num_samples: int, num_channels: int = 2, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return (0.2 * rng.standard_normal((num_channels, num_samples))).astype(np.float32)
+
+
+def split(waveform: np.ndarray, sizes: Iterable[int]) -> Iterator[np.ndarray]:
+    """Cut a waveform into blocks of these sizes, over and over."""
+    start = 0
+    for size in itertools.cycle(sizes):
+        yield waveform[..., start : start + size]
+        start += size
+        if start >= waveform.shape[-1]:
+            return
+
+
+def stft_blocks(
+    waveform: np.ndarray, sizes: Iterable[int] = (10_000,), **options
+) -> Iterator[np.ndarray]:
+    transform = Stft(**options)
+    for block in split(waveform, sizes):
+        yield from transform.add(block)
+    yield from transform.finish()
 
 
 def stft(waveform: np.ndarray, **options) -> np.ndarray:
@@ -81,15 +100,18 @@ def test_stft_equals_librosa(num_samples):
     num_channels=st.integers(1, 3),
     block_frames=st.integers(1, 200),
     hop=st.sampled_from([8, 16, 30, 64]),
+    sizes=st.lists(st.integers(0, 500), min_size=1, max_size=5).filter(any),
 )
-def test_blocks_of_any_size_give_the_same_bytes(num_samples, num_channels, block_frames, hop):
+def test_blocks_of_any_size_give_the_same_bytes(
+    num_samples, num_channels, block_frames, hop, sizes
+):
     waveform = noise(num_samples, num_channels)
     options = {"n_fft": 64, "hop": hop}
-    blocks = list(stft_blocks(waveform, **options, block_frames=block_frames))
-    whole = stft(waveform, **options, block_frames=10_000)
+    blocks = list(stft_blocks(waveform, sizes, **options, block_frames=block_frames))
+    whole = stft(waveform, sizes=[num_samples], **options, block_frames=10_000)
     assert np.concatenate(blocks).tobytes() == whole.tobytes()
     assert {len(block) for block in blocks[:-1]} <= {block_frames}
-    assert len(whole) == stft_frames(num_samples, 64, hop) == 1 + num_samples // hop
+    assert len(whole) == 1 + num_samples // hop
 
 
 def test_a_sine_peaks_in_its_bin():
@@ -104,7 +126,7 @@ def test_a_sine_peaks_in_its_bin():
 
 def test_stft_streams():
     waveform = noise(44100 * 30)
-    blocks = stft_blocks(waveform, block_frames=64)
+    blocks = stft_blocks(waveform, [65536], block_frames=64)
     tracemalloc.start()
     try:
         block_bytes = max(block.nbytes for block in blocks)
@@ -116,18 +138,50 @@ def test_stft_streams():
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "message"),
+    ("options", "message"),
     [
-        ((2, 2048), {}, r"2048 samples: expected at least 2049 to reflect .* n_fft 4096"),
-        ((5000,), {}, r"shape \(5000,\): expected \[channel, sample\]"),
-        ((2, 5000), {"n_fft": 63}, r"n_fft 63 and hop 1024: expected an even n_fft"),
-        ((2, 5000), {"hop": 0}, r"hop 0: expected an even n_fft and a positive hop"),
-        ((2, 5000), {"block_frames": 0}, r"block_frames 0: expected at least 1"),
+        ({"n_fft": 63}, r"n_fft 63 and hop 1024: expected an even n_fft"),
+        ({"hop": 0}, r"hop 0: expected an even n_fft and a positive hop"),
+        ({"block_frames": 0}, r"block_frames 0: expected at least 1"),
     ],
 )
-def test_stft_refuses(shape, options, message):
-    with pytest.raises(ValueError, match=message):  # at the call, not at the first block
-        stft_blocks(np.zeros(shape, np.float32), **options)
+def test_stft_refuses_sizes(options, message):
+    with pytest.raises(ValueError, match=message):
+        Stft(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 2048), r"2048 samples: expected at least 2049 to reflect .* n_fft 4096"),
+        ((2, 0), r"0 samples: expected at least 2049"),
+        ((5000,), r"shape \(700,\): expected \[channel, sample\]"),
+    ],
+)
+def test_stft_refuses_waveforms(shape, message):
+    with pytest.raises(ValueError, match=message):
+        stft(np.zeros(shape, np.float32), sizes=[700])
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(0, 200),
+    size=st.integers(1, 40),
+    step=st.integers(1, 60),
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any),
+)
+def test_pieces_are_slices(num_samples, size, step, sizes):
+    waveform = noise(num_samples, 2)
+    cutter = Pieces(size, step)
+    pieces = [piece.copy() for block in split(waveform, sizes) for piece in cutter.add(block)]
+    starts = [start for start in range(0, num_samples, step) if start + size <= num_samples]
+    assert len(pieces) == len(starts)
+    for piece, start in zip(pieces, starts, strict=True):
+        np.testing.assert_array_equal(piece, waveform[:, start : start + size])
+    np.testing.assert_array_equal(cutter.rest(), waveform[:, len(starts) * step :])
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -142,6 +196,22 @@ def test_packs_real_and_imaginary_parts():
         np.testing.assert_array_equal(packed, expected)
     assert np.shares_memory(pack(spectrum, np.float32), spectrum)
     assert pack(np.zeros((0, 2, 5), np.complex64), np.float16).shape == (0, 2, 5, 2)
+
+
+def test_rounds_to_float16_as_numpy_does():
+    # All that rounding can do wrong shows at float16's own values and midway between neighbours.
+    half = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    edges = np.concatenate([half, (half[1:] + half[:-1]) / 2, [1e-45, 1e-38, 2**-25]])
+    edges = np.concatenate([edges, np.nextafter(edges, 0), np.nextafter(edges, 65504)])
+    bits = np.random.default_rng(0).integers(0, 65504, 200_000, dtype=np.int64)
+    anything = (bits << 15 | bits % 32749).astype(np.int32).view(np.float32)
+    values = np.concatenate([edges, anything[anything <= 65504]]).astype(np.float32)
+    values = np.concatenate([values, -values])
+    spectrum = values[: len(values) // 2 * 2].view(np.complex64)
+    expected = values[: len(values) // 2 * 2].astype(np.float16).reshape(-1, 2)
+    np.testing.assert_array_equal(
+        pack(spectrum, np.float16).view(np.uint16), expected.view(np.uint16)
+    )
 
 
 @pytest.mark.parametrize("value", [65504.004, -65510j, 1e30])
@@ -179,7 +249,7 @@ def invert(spectrum: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def test_float16_keeps_the_real_track(example_track):
-    mixture = decode(AudioStream(example_track, 0))
+    mixture = np.concatenate(list(decode(AudioStream(example_track, 0))), axis=1)
     snr_db = {}
     for dtype in (np.float16, np.float32):
         packed = np.concatenate([pack(block, dtype) for block in stft_blocks(mixture)])
@@ -192,22 +262,34 @@ def test_float16_keeps_the_real_track(example_track):
 # --- waveforms ------------------------------------------------------------------------------------
 
 
-def test_to_mono_averages():
-    mono = to_mono(np.array([[1, 2, -1], [0, 2, 1]], np.float32))
+def mono_of(waveform, from_hz, to_hz, num_samples, sizes=(1000,)):
+    stream = MonoStream(from_hz, to_hz, num_samples)
+    parts = [stream.add(block) for block in split(waveform, sizes)]
+    return np.concatenate([*parts, stream.finish()])
+
+
+def test_averages_channels():
+    waveform = np.array([[1, 2, -1], [0, 2, 1]], np.float32)
+    mono = mono_of(waveform, 16000, 16000, 3)
     assert mono.dtype == np.float32
     np.testing.assert_array_equal(mono, [0.5, 2, 0])
 
 
-def test_resamples_each_channel():
+@pytest.mark.parametrize("sizes", [[50_000], [1], [0, 17, 4000]])
+def test_resamples_in_blocks_as_soxr_does_at_once(sizes):
     waveform = noise(5000)
-    resampled = resample(waveform, 44100, 16000)
-    assert resampled.shape == (2, 1814)
-    assert resampled.flags.c_contiguous
-    for channel in range(2):
-        expected = soxr.resample(waveform[channel], 44100, 16000, quality="HQ")
-        np.testing.assert_array_equal(resampled[channel], expected)
-        np.testing.assert_array_equal(resample(waveform[channel], 44100, 16000), expected)
-    assert resample(waveform, 16000, 16000) is waveform
+    expected = soxr.resample(waveform.mean(axis=0), 44100, 16000, quality="HQ")
+    assert len(expected) == 1814
+    np.testing.assert_array_equal(mono_of(waveform, 44100, 16000, 1814, sizes), expected)
+
+
+@pytest.mark.parametrize("rates_hz", [(44100, 16000), (16000, 16000)])
+def test_cuts_or_fills_the_end(rates_hz):
+    waveform = noise(5000)
+    whole = mono_of(waveform, *rates_hz, 1814)
+    np.testing.assert_array_equal(mono_of(waveform, *rates_hz, 900), whole[:900])
+    longer = mono_of(waveform[:, :1814], 16000, 16000, 1820)
+    np.testing.assert_array_equal(longer[1814:], np.zeros(6))
 
 
 # --- activity -------------------------------------------------------------------------------------

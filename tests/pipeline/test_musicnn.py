@@ -15,7 +15,8 @@ def tags(musicnn_teacher, example_track):
     """Likelihood by tag, the likeliest first, of each stream of the real track."""
     found = {}
     for index, name in enumerate(STREAMS):
-        mono = decode(AudioStream(example_track, index), sample_rate_hz=16000).mean(axis=0)
+        blocks = decode(AudioStream(example_track, index), sample_rate_hz=16000)
+        mono = np.concatenate([block.mean(axis=0) for block in blocks])
         # the package's frames are centred: its first one starts half an FFT before the audio
         found[name] = dict(musicnn_tags(musicnn_teacher, np.pad(mono, 256)))
     return found

@@ -17,12 +17,13 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from click.testing import CliRunner, Result
 
 from flsep.cache import Shards, verify_shards
 from flsep.pipeline.cli import cli
-from flsep.pipeline.execute import local_client, run_inline
-from flsep.pipeline.features import resample
+from flsep.pipeline.cluster import ClusterSettings, start_cluster
+from flsep.pipeline.execute import run_inline
 from flsep.pipeline.teacher import Teacher
 
 RATE_HZ = 16000
@@ -55,8 +56,10 @@ def run(tiny_teacher: Path) -> Callable[..., Result]:
     """Run ``flsep-precompute run`` in this process, without Dask unless told otherwise."""
 
     def run(corpus: Path, shards: Path, *options: str) -> Result:
-        arguments = ["run", str(corpus), str(shards), "--teacher", str(tiny_teacher)]
-        return CliRunner().invoke(cli, [*arguments, "--workers", "0", *OPTIONS, *options])
+        arguments = ["run", str(corpus), str(shards), "--teacher", str(tiny_teacher), *OPTIONS]
+        if not {"--workers", "--scheduler"} & set(options):
+            arguments += ["--workers", "0"]
+        return CliRunner().invoke(cli, [*arguments, *options])
 
     return run
 
@@ -84,7 +87,7 @@ def test_shards_hold_what_librosa_and_the_teacher_give(
             stored = shards.read(track, "stft", signal_number)
             spectrum = stored[..., 0] + 1j * stored[..., 1]  # [frame, channel, bin]
             np.testing.assert_allclose(spectrum, plain.transpose(2, 0, 1), atol=2e-5)
-            mono = resample(waveform.mean(axis=0), RATE_HZ, 16000)
+            mono = soxr.resample(waveform.mean(axis=0), RATE_HZ, 16000, quality="HQ")
             embedding = shards.read(track, "embedding", signal_number)
             np.testing.assert_allclose(embedding, teacher(mono), atol=1e-6)
             level = shards.read(track, "activity", signal_number)[0]
@@ -320,7 +323,8 @@ def test_a_killed_worker_costs_its_task_only(
 def test_a_running_scheduler_is_used(
     corpus: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
-    with local_client(1) as client:
+    settings = ClusterSettings(kind="local", least=1, most=1, worker_bytes=0, folder=tmp_path)
+    with start_cluster(settings) as client:
         address = client.scheduler.address
         result = run(corpus, tmp_path / "s", "--scheduler", address)
     assert result.exit_code == 0, result.output

@@ -1,0 +1,312 @@
+"""Start Dask workers here or through a batch system, or join a scheduler that is running."""
+
+import difflib
+import importlib
+import inspect
+import logging
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+BATCH_SYSTEMS = {"slurm": "SLURM", "pbs": "PBS", "lsf": "LSF", "sge": "SGE"}
+_LOOPBACK = {"lo", "lo0", "127.0.0.1"}
+
+# What our tasks need other than Dask's defaults; what a user has configured comes first.
+_DASK_SETTINGS: dict[str, Any] = {
+    # One task at a time and none waiting at a worker: a death then counts against one task only.
+    "distributed.scheduler.worker-saturation": 1.0,
+    # Tasks take minutes; otherwise few workers would be asked for at the start.
+    "distributed.scheduler.unknown-task-duration": "60s",
+    "distributed.comm.timeouts.connect": "60s",
+    "distributed.admin.log-format": "%(message)s",
+    "distributed.worker.daemon": False,
+}
+_BATCH_SETTINGS: dict[str, Any] = {
+    "distributed.scheduler.allowed-failures": 10,  # each job that is cancelled counts as one
+    "distributed.deploy.lost-worker-timeout": "2s",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterSettings:
+    """What cluster to start.
+
+    Attributes
+    ----------
+    kind : str
+        ``local``, or one of `BATCH_SYSTEMS`.
+    least, most : int
+        Workers to keep at least and at most.
+    options : dict
+        Arguments of Dask's ``LocalCluster``, or of the class in dask-jobqueue.
+    worker_bytes : int
+        Memory that a worker needs.
+    folder : Path
+        One that all workers see, for the certificates of this run.
+    """
+
+    kind: str
+    least: int
+    most: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    worker_bytes: int
+    folder: Path
+
+    def __post_init__(self) -> None:
+        known = _known_options(self.kind)
+        for name in self.options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {sorted(known)}"
+                raise ValueError(
+                    f"--cluster-option {name}: unknown to --cluster {self.kind}; {hint}"
+                )
+
+
+@contextmanager
+def start_cluster(settings: ClusterSettings) -> Iterator["Client"]:
+    """Start a cluster and connect to it; leaving the context ends it.
+
+    A local cluster can be reached from this machine alone. The scheduler and the workers of a
+    batch system talk through TLS, with a certificate made for this run, unless their interface is
+    the loopback or certificates are configured in Dask. Dashboards are on the loopback always.
+
+    Raises
+    ------
+    ValueError
+        If an option is wrong, or the batch system cannot be reached from here.
+    """
+    from distributed import Client
+
+    with _configured(settings.kind):
+        # Ctrl-C reaches the workers too: they inherit that it is ignored, and the client ends them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            cluster = _start_local(settings) if settings.kind == "local" else _start_jobs(settings)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        with cluster, Client(cluster) as client:
+            if settings.kind != "local" or settings.least < settings.most:
+                # `scale` would not replace a job that is lost, `adapt` does.
+                cluster.adapt(minimum=settings.least, maximum=settings.most)
+            yield client
+
+
+@contextmanager
+def remote_client(address: str) -> Iterator["Client"]:
+    """Connect to a scheduler that is running; raises ValueError if there is none."""
+    from distributed import Client
+
+    # What is to be said of a lost scheduler is said in one line, by `run_on`.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ValueError(
+            f"--scheduler {address}: no Dask scheduler answers ({error}); start one with "
+            "`dask scheduler`, and workers with `dask worker`"
+        ) from error
+    with client:
+        yield client
+
+
+def job_script(settings: ClusterSettings) -> str:
+    """Return the script that each job of a batch system would run; starts nothing."""
+    from distributed import Security
+
+    with _configured(settings.kind):
+        options = _job_options(settings)
+        cluster_class = _cluster_class(settings.kind)
+        parameters = inspect.signature(_base_cluster_class().__init__).parameters
+        shared = [name for name in parameters if name not in ("interface", "config_name")]
+        options = {name: value for name, value in options.items() if name not in shared}
+        place = "<host>:<port>"
+        if _is_loopback(settings.kind, options):
+            job = cluster_class.job_cls(f"tcp://{place}", name="<name>", **options)
+        else:
+            made = {
+                f"tls_{key}": f"{settings.folder}/<{key.removeprefix('worker_')}>"
+                for key in ("ca_file", "worker_cert", "worker_key")
+            }
+            job = cluster_class.job_cls(
+                f"tls://{place}",
+                name="<name>",
+                protocol="tls://",
+                security=Security(require_encryption=True, **made),
+                **options,
+            )
+    script: str = job.job_script()
+    return script
+
+
+def _start_local(settings: ClusterSettings) -> Any:
+    from distributed import LocalCluster
+    from distributed.system import MEMORY_LIMIT
+
+    options = {
+        "memory_limit": MEMORY_LIMIT // settings.most,
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",
+        "silence_logs": logging.CRITICAL,
+        **settings.options,
+    }
+    limit = _parse_bytes(options["memory_limit"])
+    if limit:
+        _require_memory("memory_limit", limit, settings)
+    return LocalCluster(
+        n_workers=settings.least,
+        threads_per_worker=1,
+        worker_dashboard_address="127.0.0.1:0",
+        **options,
+    )
+
+
+def _start_jobs(settings: ClusterSettings) -> Any:
+    import dask
+    from distributed import Security, Status
+
+    options = _job_options(settings)
+    cluster_class = _cluster_class(settings.kind)
+    command = cluster_class.job_cls.submit_command.split()[0]
+    if shutil.which(command) is None:
+        raise ValueError(
+            f"--cluster {settings.kind}: there is no program {command} here; run this on a machine "
+            "that submits jobs"
+        )
+    if not _is_loopback(settings.kind, options):
+        options.setdefault("protocol", "tls://")
+        if options["protocol"].startswith("tls"):
+            certified = dask.config.get("distributed.comm.tls.scheduler.cert", None)
+            options["security"] = Security() if certified else _temporary_security()
+            settings.folder.mkdir(parents=True, exist_ok=True)
+            options.setdefault("shared_temp_directory", str(settings.folder))
+    scheduler = options.pop("scheduler_options", None) or _configured_option(
+        settings.kind, "scheduler_options"
+    )
+    cluster = cluster_class(
+        scheduler_options={"dashboard_address": "127.0.0.1:0", **(scheduler or {})},
+        silence_logs=logging.CRITICAL,
+        **options,
+    )
+
+    async def submit() -> None:  # `scale` would keep to itself what goes wrong
+        for _ in range(max(settings.least, 1)):
+            cluster.worker_spec.update(cluster.new_worker_spec())
+        try:
+            await cluster
+        except RuntimeError:
+            for job in cluster.workers.values():
+                if job.job_id is None:
+                    job.status = Status.closed  # there is nothing to close
+            raise
+
+    try:
+        cluster.sync(submit)
+    except RuntimeError as error:
+        cluster.worker_spec.clear()  # or closing would ask for the jobs again
+        cluster.close()
+        reason = next((line for line in str(error).splitlines() if "error:" in line), str(error))
+        raise ValueError(f"--cluster {settings.kind}: a job was refused: {reason}") from error
+    return cluster
+
+
+def _temporary_security() -> Any:
+    from distributed import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise ModuleNotFoundError("cryptography is missing", name="cryptography") from error
+
+
+def _job_options(settings: ClusterSettings) -> dict[str, Any]:
+    """Fill in what neither the command line nor Dask's configuration has."""
+    kind, options = settings.kind, dict(settings.options)
+
+    def value(name: str, default: Any) -> Any:
+        if options.get(name) is None:
+            options[name] = _configured_option(kind, name)
+        if options[name] is None:
+            options[name] = default
+        return options[name]
+
+    value("cores", 1)
+    processes = value("processes", 1)
+    memory = _parse_bytes(value("memory", settings.worker_bytes * processes))
+    _require_memory("memory", memory // processes, settings)
+    # A task counts on a process of its own, and nobody outside should see the worker's pages.
+    options["worker_extra_args"] = [
+        *(value("worker_extra_args", [])),
+        *("--nthreads", "1", "--dashboard-address", "127.0.0.1:0"),
+    ]
+    if kind == "slurm":
+        # A worker that SLURM starts again under its old name never comes back.
+        options["job_extra_directives"] = [*value("job_extra_directives", []), "--no-requeue"]
+    return options
+
+
+def _require_memory(option: str, limit: int, settings: ClusterSettings) -> None:
+    if limit < settings.worker_bytes:
+        raise ValueError(
+            f"{option} gives a worker {limit >> 20} MiB, it needs about "
+            f"{settings.worker_bytes >> 20} MiB; give more, or fewer workers"
+        )
+
+
+def _is_loopback(kind: str, options: Mapping[str, Any]) -> bool:
+    interface = options.get("interface") or _configured_option(kind, "interface")
+    return interface in _LOOPBACK
+
+
+def _configured_option(kind: str, name: str) -> Any:
+    import dask
+
+    value = dask.config.get(f"jobqueue.{kind}.{name}", None)
+    return None if value == [] or value == {} else value
+
+
+def _parse_bytes(value: Any) -> int:
+    from dask.utils import parse_bytes
+
+    return int(parse_bytes(value or 0))
+
+
+def _known_options(kind: str) -> set[str]:
+    if kind == "local":
+        return {"memory_limit", "local_directory", "death_timeout"}
+    cluster_class = _cluster_class(kind)
+    classes = (*cluster_class.job_cls.__mro__[:2], _base_cluster_class())
+    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    ours = {"self", "scheduler", "name", "job_cls", "n_workers", "asynchronous", "loop", "security"}
+    return {
+        name for name in names - ours if not name.endswith("kwargs") and not name.endswith("_cls")
+    }
+
+
+def _cluster_class(kind: str) -> Any:
+    return getattr(importlib.import_module("dask_jobqueue"), f"{BATCH_SYSTEMS[kind]}Cluster")
+
+
+def _base_cluster_class() -> Any:
+    return importlib.import_module("dask_jobqueue").JobQueueCluster
+
+
+@contextmanager
+def _configured(kind: str) -> Iterator[None]:
+    """Set what our tasks need in Dask's configuration, but for what the user has set there."""
+    import dask
+
+    if kind != "local":
+        importlib.import_module("dask_jobqueue")  # adds its defaults
+    own = dask.config.collect()
+    settings = _DASK_SETTINGS if kind == "local" else {**_DASK_SETTINGS, **_BATCH_SETTINGS}
+    missing = {key: value for key, value in settings.items() if not dask.config.get(key, None, own)}
+    with dask.config.set(missing):
+        yield
