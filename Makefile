@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 APPROACHES := none concat contrastive distance
 RUNS := $(APPROACHES:%=$(DEMO)/runs/%)
 
-.PHONY: help setup test lint typecheck bench docs demo clean
+.PHONY: help setup test test-heavy lint typecheck bench docs demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	  { echo "flsep is tested with Python 3.11 and 3.12; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[pipeline,trainer,evaluate,demo,dev]'
+	  --editable '.[pipeline,cluster,trainer,evaluate,demo,dev]'
 	@touch $@
 
 # make lint typecheck   what a change must pass beside the tests
@@ -39,7 +39,13 @@ typecheck: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# make bench   prints the speed ratios of docs/explanation.md, measured on this machine
+# make test-heavy   passes the tests that take long, and those on a real SLURM where it is installed
+test-heavy: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy || { \
+	  echo "what a busy machine has kept waiting gets a second chance"; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy --last-failed --last-failed-no-failures none; }
+
+# make bench   prints the tables of docs/benchmarks.md, measured on this machine
 bench: setup
 	FLSEP_BENCH=1 $(BIN)/python -m pytest -q tests/benchmarks
 

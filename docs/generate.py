@@ -70,6 +70,7 @@ configuration is stored in `config.json` of the run folder and in every checkpoi
 | `--weight` | `approach.weight` |
 | `--temperature` | `approach.temperature` |
 | `--seed` | `fit.seed` |
+| `--precision` | `compute.precision` |
 """
 
 _FEATURES_HEAD = """\
@@ -78,7 +79,7 @@ _FEATURES_HEAD = """\
 The settings of `flsep-precompute plan` and `run`. Together with the sources (`--sources`) and the
 teacher's content they make the fingerprint of the shards: a folder takes shards of one fingerprint
 only. What is not listed here does not change what the shards hold: `--shard-size`, `--workers`,
-`--scheduler`, and the place that the teacher was loaded from.
+`--adapt`, `--cluster`, `--part`, `--scheduler`, and the place that the teacher was loaded from.
 """
 
 

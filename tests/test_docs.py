@@ -111,7 +111,7 @@ def test_every_setting_is_explained() -> None:
     options = {o for p in COMMANDS["flsep-precompute run"].params for o in p.opts}
     assert set(generator.OPTIONS.values()) <= options
     listed = re.findall(r"^\| `(--[\w-]+)` \| `([\w.]+)` \|$", text, re.MULTILINE)
-    assert len(listed) == 6
+    assert len(listed) == 7
     fit_options = {o for p in COMMANDS["flsep-train fit"].params for o in p.opts}
     for option, field in listed:
         assert option in fit_options

@@ -114,6 +114,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["License"] == "MIT"
     assert metadata.get_all("Provides-Extra") == [
         "pipeline",
+        "cluster",
         "trainer",
         "evaluate",
         "demo",
