@@ -115,9 +115,11 @@ def running_slurm(folder: Path) -> Iterator[Path]:
                 end(name, folder / f"{name}.pid")
 
 
-def submit(script: str, folder: Path, *options: str) -> str:
+def submit(
+    script: str, folder: Path, *options: str, environment: dict[str, str] | None = None
+) -> str:
     """Submit a script, its output going to job-*.log; return the number of the job."""
     path = folder / "job.sh"
     path.write_text(f"#!/bin/bash\n{script}\n")
     output = ("--output", str(folder / "job-%A-%a.log"), "--open-mode=append", "--parsable")
-    return call("sbatch", *output, *options, str(path))
+    return call("sbatch", *output, *options, str(path), env=environment)

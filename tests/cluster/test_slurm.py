@@ -1,6 +1,7 @@
 """Precomputing as jobs of a real SLURM."""
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ pytestmark = pytest.mark.heavy
 def jobs(slurm: Path, runner: Runner) -> Runner:
     runner.environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
     return runner
+
+
+def submit_run(jobs: Runner, script: str, *options: str) -> str:
+    return submit(script, jobs.folder, *options, environment=jobs.environment)
 
 
 ON_LOOPBACK = ("--cluster", "slurm", "--cluster-option", "interface=lo")
@@ -58,9 +63,10 @@ def test_the_client_killed_and_run_again(jobs: Runner, undisturbed: dict[str, by
 
 
 def test_an_array_makes_the_parts(jobs: Runner, undisturbed: dict[str, bytes]) -> None:
-    part = jobs.command("--workers", "1", "--part", "$SLURM_ARRAY_TASK_ID/3")
-    array = submit(jobs, part, "--array=1-3")
-    last = submit(jobs, jobs.command("--finalise"), f"--dependency=afterany:{array}")
+    part = jobs.command("--workers", "1", "--part")
+    array = submit_run(jobs, f"{shlex.join(part)} $SLURM_ARRAY_TASK_ID/3", "--array=1-3")
+    finalise = shlex.join(jobs.command("--finalise"))
+    last = submit_run(jobs, finalise, f"--dependency=afterany:{array}")
     wait_until(lambda: not call("squeue", "-h", "-j", f"{array},{last}", check=False), seconds=180)
     logs = {path.name: path.read_text() for path in jobs.folder.glob("job-*.log")}
     assert len(logs) == 4, logs
@@ -88,7 +94,7 @@ def test_workers_and_scheduler_talk_through_tls(
 
 
 def test_one_job_grows_its_own_workers(jobs: Runner, undisturbed: dict[str, bytes]) -> None:
-    job = submit(jobs, jobs.command(*ON_LOOPBACK, "--adapt", "1:3"), "--mem=2G")
+    job = submit_run(jobs, shlex.join(jobs.command(*ON_LOOPBACK, "--adapt", "1:3")), "--mem=2G")
     wait_until(lambda: not call("squeue", "-h", "-j", job, check=False))
     log = next(jobs.folder.glob("job-*.log")).read_text()
     assert contents(jobs.shards) == undisturbed, log
