@@ -60,9 +60,16 @@ def wait_for_start(folder: Path, job: str, count: int) -> None:
     """Wait until a job has trained for the `count`-th time and saved an epoch since."""
     last = folder / "run" / "last.safetensors"
 
+    moved = False
+
     def has_started() -> bool:
-        # SLURM lets a requeued job wait for two minutes.
-        call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        nonlocal moved
+        state = call("squeue", "-h", "-o", "%T", "-j", job, check=False)
+        assert state, f"the job has ended: {read_log(folder)}"
+        if state == "PENDING" and not moved:
+            # SLURM lets a requeued job wait for two minutes; at once its node refuses it.
+            call("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
+            moved = True
         time.sleep(0.2)
         return read_log(folder).count("resumes    at") == count
 
