@@ -1,14 +1,17 @@
 """Run tasks inline or on the workers of a Dask client."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_PATIENCE_SECONDS = 60.0
 
 
 class Outcome(NamedTuple):
@@ -31,19 +34,23 @@ def run_inline(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Ite
 
 
 def run_on(
-    client: "Client", function: Callable[[Task], Result], tasks: Sequence[Task]
+    client: "Client",
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    idle: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """Run tasks on a Dask cluster in their order, yielding outcomes as they come.
 
     A task whose worker dies is tried again on another one, until Dask's ``allowed-failures`` is
-    reached; leaving the iterator early cancels what is left.
+    reached; leaving the iterator early cancels what is left. `idle` is called once for each minute
+    in which no task ended.
 
     Raises
     ------
     ConnectionError
         If the scheduler is gone.
     """
-    from distributed import as_completed
     from distributed.comm.core import CommClosedError
 
     gone = ConnectionError(
@@ -62,7 +69,7 @@ def run_on(
     ]
     by_key = {future.key: task for future, task in zip(futures, tasks, strict=True)}
     try:
-        for future in as_completed(futures):
+        for future in _as_completed(futures, idle):
             task = by_key[future.key]
             if future.status == "finished":
                 yield Outcome(task, future.result(), None)
@@ -75,6 +82,22 @@ def run_on(
         raise gone from error
     finally:
         client.cancel(futures, force=True)
+
+
+def _as_completed(futures: "list[Future]", idle: Callable[[], None]) -> "Iterator[Future]":
+    from distributed import as_completed
+
+    completed = as_completed(futures)
+    last = time.monotonic()
+    while not completed.is_empty():
+        if completed.has_ready():
+            yield next(completed)
+        elif time.monotonic() < last + _PATIENCE_SECONDS:
+            time.sleep(0.02)
+            continue
+        else:
+            idle()
+        last = time.monotonic()
 
 
 def _explain(error: BaseException) -> BaseException:

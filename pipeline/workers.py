@@ -163,14 +163,16 @@ def start_workers(workers: "ClusterSettings | str | None") -> Iterator[Any]:
     """Start or join the workers and give what runs tasks on them; raises ValueError if it fails."""
     from flsep.pipeline.cluster import remote_client, start_cluster
     from flsep.pipeline.execute import run_inline, run_on
+    from flsep.pipeline.waiting import WorkerWatch
 
     if workers is None:
         yield run_inline
         return
     connect = remote_client(workers) if isinstance(workers, str) else start_cluster(workers)
+    kind = None if isinstance(workers, str) else workers.kind
     with connect as client:
         click.echo(f"workers  {describe_client(client)}")
-        yield partial(run_on, client)
+        yield partial(run_on, client, idle=WorkerWatch(client, kind))
 
 
 def describe_workers(workers: "ClusterSettings | str | None") -> None:

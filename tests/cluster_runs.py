@@ -102,8 +102,11 @@ class Runner:
         return [*PROGRAM, *arguments, *OPTIONS, "--shard-size", "1M", *options]
 
     def start(self, *options: str, **environment: str) -> "subprocess.Popen[str]":
+        return self.start_program(self.command(*options), **environment)
+
+    def start_program(self, command: list[str], **environment: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            self.command(*options),
+            command,
             env={**self.environment, **environment},
             cwd=self.folder,  # where jobs write what they say
             stdout=subprocess.PIPE,

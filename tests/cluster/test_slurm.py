@@ -101,3 +101,17 @@ def test_one_job_grows_its_own_workers(jobs: Runner, undisturbed: dict[str, byte
     assert set(jobs.attempts().values()) == {1}
     assert job not in {line.split()[2] for line in jobs.lines()}
     wait_until(lambda: not call("squeue", "-h"))
+
+
+def test_jobs_that_end_at_once_end_the_run(jobs: Runner) -> None:
+    hurried = "from flsep.pipeline import cli, execute; execute._PATIENCE_SECONDS = 2; cli.main()"
+    prologue = ("--cluster-option", 'job_script_prologue=["exit 3"]')
+    logs = ("--cluster-option", f"log_directory={jobs.folder / 'logs'}")
+    command = jobs.command(*ON_LOOPBACK, "--workers", "2", *prologue, *logs)
+    process = jobs.start_program([command[0], "-c", hurried, *command[3:]])
+    output = jobs.finish(process, 1)
+    assert "waiting for workers: 2 jobs submitted" in output
+    assert "Error: no worker is connected, and all jobs have ended (" in output
+    assert f"in {jobs.folder / 'logs'}, then run" in output
+    assert jobs.attempts() == {}
+    wait_until(lambda: not call("squeue", "-h"))
