@@ -70,6 +70,7 @@ def test_what_was_just_made_is_equal(recheck: Callable[..., Result], shards: Pat
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
 
 
+@pytest.mark.heavy
 def test_workers_compare_too(recheck: Callable[..., Result]) -> None:
     result = recheck("--workers", "1")
     assert result.exit_code == 0, result.output
