@@ -130,7 +130,7 @@ def run_command(
     tasks = share_tasks(plan.tasks, *part) if part else plan.tasks
     if part:
         click.echo(f"part     {part[0]} of {part[1]}: {len(tasks)} shards")
-    workers = choose_workers(plan, shards.absolute(), options)
+    workers = choose_workers(shards.absolute(), options)
     if dry_run:
         describe_workers(workers)
         return
@@ -212,7 +212,7 @@ def _recheck(shards: Path, corpus: Path, teacher: str | None, options: dict[str,
     from flsep.pipeline.recheck import plan_recheck, recheck_shard
 
     plan, settings, problems = plan_recheck(shards, corpus, teacher)
-    workers = choose_workers(plan, shards.absolute(), options)
+    workers = choose_workers(shards.absolute(), options)
     settings = replace(settings, num_threads=1 if workers else None)
     num_entries = num_rounded = 0
     with start_workers(workers) as run, progress(plan.tasks, settings.config) as report:

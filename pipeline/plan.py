@@ -1,9 +1,10 @@
-"""Plan the work from headers alone: tracks into shards, their sizes, the memory it takes."""
+"""Plan the work from headers alone: tracks into shards, and their sizes."""
 
 import hashlib
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from flsep.cache import Layout
 from flsep.cache.format import track_datasets
@@ -11,12 +12,6 @@ from flsep.pipeline.config import FeatureConfig
 from flsep.pipeline.tracks import Corpus, Track, TrackInfo
 
 DEFAULT_SHARD_BYTES = 1 << 30
-
-# A worker beyond TensorFlow and its teacher, fitted to measurements (docs/explanation.md): the
-# interpreter with its libraries, then a signal at a time as float32 while it is transformed, with
-# what the resampler needs, and its sum with the others where the mixture is not given.
-_WORKER_BYTES = 100 << 20
-_WAVEFORM_COPIES = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +45,14 @@ class ShardTask:
         return sum(planned.num_samples for planned in self.tracks) / sample_rate_hz
 
 
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Task = TypeVar("Task", bound=_Sized)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a run will do.
@@ -60,16 +63,15 @@ class Plan:
         Largest first, so that no long one is left for the end.
     rejected : tuple of (str, str)
         Tracks that cannot be used, with the reason.
-    num_bytes : int
-        Predicted size of all shards.
-    worker_bytes : int
-        Predicted peak of a worker's memory beyond TensorFlow and its teacher.
     """
 
     tasks: tuple[ShardTask, ...]
     rejected: tuple[tuple[str, str], ...]
-    num_bytes: int
-    worker_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Predicted size of all shards."""
+        return sum(task.num_bytes for task in self.tasks)
 
     @property
     def tracks(self) -> tuple[PlannedTrack, ...]:
@@ -108,32 +110,18 @@ def plan_shards(
         split = track.split
     tasks = [ShardTask(_shard_name(tracks), tuple(tracks), size) for tracks, size in groups]
     tasks.sort(key=lambda task: (-task.num_bytes, task.name))
-    return make_plan_of(tasks, config, rejected=corpus.rejected)
+    return Plan(tuple(tasks), corpus.rejected)
 
 
-def make_plan_of(
-    tasks: Sequence[ShardTask], config: FeatureConfig, *, rejected: tuple[tuple[str, str], ...]
-) -> Plan:
-    """Add up what tasks will take."""
-    longest = max((planned.num_samples for task in tasks for planned in task.tracks), default=0)
-    waveform_bytes = 4 * config.num_channels * longest
-    return Plan(
-        tasks=tuple(tasks),
-        rejected=rejected,
-        num_bytes=sum(task.num_bytes for task in tasks),
-        worker_bytes=_WORKER_BYTES + int(_WAVEFORM_COPIES * waveform_bytes),
-    )
-
-
-def share_tasks(tasks: Sequence[ShardTask], number: int, num_parts: int) -> tuple[ShardTask, ...]:
+def share_tasks(tasks: Sequence[Task], number: int, num_parts: int) -> tuple[Task, ...]:
     """Return the tasks of one of several parts of equal size, the same ones for the same plan.
 
     Each task, largest first, goes to the part that has least so far.
 
     Parameters
     ----------
-    tasks : sequence of ShardTask
-        All tasks of a plan, largest first.
+    tasks : sequence
+        All tasks of a plan, largest first; they have an attribute `num_bytes`.
     number : int
         Of the part, from 1.
     num_parts : int

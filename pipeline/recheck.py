@@ -11,7 +11,7 @@ import numpy as np
 from flsep.cache import Index, ShardFile, TrackRecord, read_index
 from flsep.pipeline.build import ShardSettings, make_shard
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.plan import Plan, PlannedTrack, ShardTask, make_plan_of, stored_samples
+from flsep.pipeline.plan import Plan, PlannedTrack, ShardTask, stored_samples
 from flsep.pipeline.teacher import Teacher, resolve
 from flsep.pipeline.tracks import find_corpus
 
@@ -120,7 +120,7 @@ def plan_recheck(
         teacher_folder=resolve(handle).absolute(),
         num_threads=None,
     )
-    return make_plan_of(tasks, config, rejected=()), settings, problems
+    return Plan(tuple(tasks), rejected=()), settings, problems
 
 
 def _read_config(index: Index) -> FeatureConfig:

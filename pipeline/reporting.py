@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.memory import free_bytes, required_bytes
+from flsep.pipeline.memory import WORKER_BYTES, free_bytes
 
 if TYPE_CHECKING:
     from flsep.pipeline.plan import Plan, ShardTask
@@ -26,9 +26,7 @@ def describe_plan(corpus: "Corpus", config: FeatureConfig, plan: "Plan") -> None
     click.echo(f"corpus   {corpus.root} ({corpus.kind}), sources {', '.join(corpus.sources)}")
     click.echo(f"tracks   {len(splits)} ({counts}), {show_hours(hours)} of mixtures")
     click.echo(f"shards   {len(plan.tasks)}, {show_bytes(plan.num_bytes)} in all")
-    click.echo(
-        f"memory   {show_bytes(plan.worker_bytes)} a worker, beyond TensorFlow and the teacher"
-    )
+    click.echo(f"memory   {show_bytes(WORKER_BYTES)} a worker, with a teacher of VGGish's size")
     for name, reason in plan.rejected:
         click.echo(f"rejected {name}: {reason}", err=True)
 
@@ -41,14 +39,14 @@ def describe_client(client: Any) -> str:
     return f"{place}, dashboard {client.dashboard_link}" if has_dashboard else place
 
 
-def require_memory(plan: "Plan", workers: int) -> None:
-    """Refuse a plan that does not fit into the free memory of this machine or job."""
-    needed = max(workers, 1) * required_bytes(plan)
+def require_memory(workers: int) -> None:
+    """Refuse more workers than the free memory of this machine or job takes."""
+    needed = max(workers, 1) * WORKER_BYTES
     available = free_bytes()
     if needed > available:
         raise ValueError(
             f"{max(workers, 1)} worker(s) need about {show_bytes(needed)} of memory, "
-            f"{show_bytes(available)} are free; use fewer --workers, or split the longest tracks"
+            f"{show_bytes(available)} are free; use fewer --workers"
         )
 
 

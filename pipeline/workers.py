@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flsep.pipeline.cluster import BATCH_SYSTEMS
-from flsep.pipeline.memory import required_bytes
+from flsep.pipeline.memory import WORKER_BYTES
 from flsep.pipeline.reporting import describe_client, require_memory
 
 if TYPE_CHECKING:
     from flsep.pipeline.cluster import ClusterSettings
-    from flsep.pipeline.plan import Plan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -102,15 +101,11 @@ def are_workers_chosen(options: dict[str, Any]) -> bool:
     return options["cluster"] != "local" or any(value not in (None, ()) for value in chosen)
 
 
-def choose_workers(
-    plan: "Plan", folder: Path, options: dict[str, Any]
-) -> "ClusterSettings | str | None":
+def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | str | None":
     """Return where to work: on a cluster to start, at a scheduler's address, or here (None).
 
     Parameters
     ----------
-    plan : Plan
-        What to do.
     folder : Path
         Of the shards.
     options : dict
@@ -119,8 +114,8 @@ def choose_workers(
     Raises
     ------
     ValueError
-        If the options contradict each other, one of them is wrong, or the plan does not fit into
-        this machine's memory.
+        If the options contradict each other, one of them is wrong, or this machine's memory
+        does not take so many workers.
     """
     from flsep.pipeline.cluster import ClusterSettings
 
@@ -143,7 +138,7 @@ def choose_workers(
         workers = len(os.sched_getaffinity(0))
     least, most = adapt or (workers, workers)
     if kind == "local":
-        require_memory(plan, most)
+        require_memory(most)
     if not most:
         if given:
             raise ValueError("--cluster-option: has no effect with --workers 0")
@@ -153,7 +148,7 @@ def choose_workers(
         least=least,
         most=most,
         options=given,
-        worker_bytes=required_bytes(plan),
+        worker_bytes=WORKER_BYTES,
         folder=folder,
     )
 

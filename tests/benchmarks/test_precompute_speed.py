@@ -16,6 +16,8 @@ import offline_ways
 import pytest
 import soundfile
 
+from flsep.pipeline.memory import WORKER_BYTES
+
 PARTS = ("decode", "stft", "teacher", "write")
 
 
@@ -193,3 +195,4 @@ def test_memory_does_not_grow_with_the_track(
     )
     waveform_bytes = 44100 * 60 * 2 * 4 * (max(peaks) - min(peaks))
     assert long - short < 0.2 * waveform_bytes
+    assert long < 0.8 * WORKER_BYTES

@@ -46,7 +46,7 @@ def test_a_worker_killed_in_the_middle_of_a_track(
 
 def test_a_worker_out_of_memory_each_time(runner: Runner, undisturbed: dict[str, bytes]) -> None:
     """Its nanny ends it four times; the track is named, the others are stored."""
-    memory = ("--cluster-option", "memory_limit=2300MiB")
+    memory = ("--cluster-option", "memory_limit=2400MiB")
     output = runner.run("--workers", "1", *memory, status=1, FLSEP_HUNGRY="t3")
     assert "t3: RuntimeError: its worker died each time it was tried (out of memory?)" in output
     assert "failed   1 tracks" in output

@@ -119,8 +119,7 @@ def test_local_workers_listen_on_the_loopback_alone() -> None:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
-    monkeypatch.setattr(workers, "required_bytes", lambda plan: NEEDED)
-    monkeypatch.setattr(workers, "require_memory", lambda plan, number: None)
+    monkeypatch.setattr(workers, "require_memory", lambda number: None)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
     defaults = {
         "workers": None,
@@ -131,7 +130,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     }
 
     def choose(**options: object) -> object:
-        return choose_workers(None, Path("/shards"), {**defaults, **options})  # type: ignore[arg-type]
+        return choose_workers(Path("/shards"), {**defaults, **options})
 
     return choose
 
