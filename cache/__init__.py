@@ -7,10 +7,19 @@ from flsep.cache.errors import (
     MismatchError,
     MissingDataError,
 )
+from flsep.cache.excerpts import Draw, Grid, Heard, RandomMixes
 from flsep.cache.format import MIXTURE, SILENCE_DB, SPLITS, Layout
 from flsep.cache.index import Index, Statistics, TrackRecord, build_index, read_index, write_index
+from flsep.cache.mixes import (
+    Mixes,
+    MixesConfig,
+    MixesFile,
+    RenderedMixes,
+    write_mixes,
+    write_mixes_index,
+)
 from flsep.cache.reader import ShardFile, Shards
-from flsep.cache.verify import ShardVerdict, verify_shard, verify_shards
+from flsep.cache.verify import ShardVerdict, verify_mixes, verify_shard, verify_shards
 from flsep.cache.writer import ShardWriter, TrackPlan, remove_leftovers, sync_folder, write_json
 
 __all__ = [
@@ -19,11 +28,19 @@ __all__ = [
     "SPLITS",
     "CacheError",
     "DamagedDataError",
+    "Draw",
     "FormatVersionError",
+    "Grid",
+    "Heard",
     "Index",
     "Layout",
     "MismatchError",
     "MissingDataError",
+    "Mixes",
+    "MixesConfig",
+    "MixesFile",
+    "RandomMixes",
+    "RenderedMixes",
     "ShardFile",
     "ShardVerdict",
     "ShardWriter",
@@ -35,8 +52,11 @@ __all__ = [
     "read_index",
     "remove_leftovers",
     "sync_folder",
+    "verify_mixes",
     "verify_shard",
     "verify_shards",
     "write_index",
     "write_json",
+    "write_mixes",
+    "write_mixes_index",
 ]

@@ -10,17 +10,19 @@ from pathlib import Path
 
 from flsep.cache.errors import CacheError, DamagedDataError, MismatchError
 from flsep.cache.index import read_index
+from flsep.cache.mixes import Mixes
 from flsep.cache.reader import ShardFile
 
 _OPEN_EACH = """
 import json, sys
 from pathlib import Path
-from flsep.cache import CacheError, ShardFile
+from flsep.cache import CacheError, MixesFile, ShardFile
 for line in sys.stdin:
-    try:
-        ShardFile(Path(json.loads(line)))
-    except CacheError:
-        pass
+    for open_file in (ShardFile, MixesFile.read):
+        try:
+            open_file(Path(json.loads(line)))
+        except CacheError:
+            pass
     print("alive", flush=True)
 """
 
@@ -60,6 +62,19 @@ def verify_shards(folder: Path) -> Iterator[ShardVerdict]:
                         "run flsep-precompute again to renew the index"
                     )
                 verify_shard(shard)
+            except CacheError as error:
+                yield ShardVerdict(name, num_bytes, str(error))
+            else:
+                yield ShardVerdict(name, num_bytes, None)
+
+
+def verify_mixes(mixes: Mixes) -> Iterator[ShardVerdict]:
+    """Check every file of a folder of mixes, one verdict at a time."""
+    with _Opener() as opener:
+        for name, num_bytes in mixes.num_bytes.items():
+            try:
+                opener.try_open(mixes.folder / name)
+                mixes.read_file(name)
             except CacheError as error:
                 yield ShardVerdict(name, num_bytes, str(error))
             else:

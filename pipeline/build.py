@@ -1,13 +1,11 @@
 """Make one shard from its tracks: decode, transform, ask the teacher, write."""
 
 import importlib.metadata
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +30,9 @@ from flsep.pipeline.features import (
 )
 from flsep.pipeline.media import AudioStream, decode
 from flsep.pipeline.plan import PlannedTrack, ShardTask
-from flsep.pipeline.teacher import Teacher, TeacherInfo
+from flsep.pipeline.stopwatch import Stopwatch
+from flsep.pipeline.teacher import Teacher, TeacherInfo, load_once
 
-Item = TypeVar("Item")
 Samples = NDArray[np.float32]
 _ADDED_SAMPLES = 1 << 16
 _PACKAGES = ("flsep", "numpy", "h5py", "scipy", "soxr", "av", "soundfile", "tensorflow")
@@ -115,7 +113,7 @@ class ShardReport:
         What was wrong with the file that was there; None if it was kept, or none was there.
     rejected : list of (str, str)
         Tracks that failed, with the reason.
-    seconds : dict
+    seconds : Stopwatch
         Time spent on ``decode``, ``stft``, ``teacher``, ``write`` and ``load`` (of the teacher).
     """
 
@@ -125,27 +123,7 @@ class ShardReport:
     kept: bool = False
     found: str | None = None
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Add the time of a block to one part."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-    def measure_each(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Pass items on, and add the time that it takes to make them to one part."""
-        iterator = iter(items)
-        while True:
-            with self.measure(part):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
+    seconds: Stopwatch = field(default_factory=Stopwatch)
 
 
 def list_packages() -> dict[str, str]:
@@ -184,8 +162,8 @@ def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False
     if path.exists():
         report.found = problem
     if tracks and not report.kept:
-        with report.measure("load"):
-            teacher = load_teacher(settings)
+        with report.seconds.measure("load"):
+            teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
         while tracks:
             bad = _write_shard(path, tracks, settings, teacher, report)
             if bad is None:
@@ -199,24 +177,6 @@ def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False
     report.num_tracks = len(tracks)
     report.audio_seconds = sum(p.num_samples for p in tracks) / settings.config.sample_rate_hz
     return report
-
-
-_teachers: dict[ShardSettings, Teacher] = {}
-
-
-def load_teacher(settings: ShardSettings) -> Teacher:
-    """Load the teacher once in each process; raises ValueError if it is no longer the same."""
-    if settings not in _teachers:
-        teacher = Teacher.load(
-            str(settings.teacher_folder), num_threads=settings.num_threads, info=settings.teacher
-        )
-        if teacher.info.digest != settings.teacher.digest:
-            raise ValueError(
-                f"{settings.teacher_folder}: the teacher changed while the run was going on; "
-                "start again with one teacher"
-            )
-        _teachers[settings] = teacher
-    return _teachers[settings]
 
 
 def find_problem(
@@ -349,30 +309,30 @@ def _write_signal(
     levels: list[Samples] = []
 
     def write(spectra: Iterator[NDArray[np.complex64]]) -> None:
-        for spectrum in report.measure_each("stft", spectra):
-            with report.measure("stft"):
+        for spectrum in report.seconds.measure_each("stft", spectra):
+            with report.seconds.measure("stft"):
                 if moments is not None:
                     moments.add(spectrum)
                 packed = pack(spectrum, config.stft_dtype)
-            with report.measure("write"):
+            with report.seconds.measure("write"):
                 writer.append("stft", signal, packed)
 
     def embed(batch: Samples) -> None:
         if len(batch) < info.window_samples:
             return
-        with report.measure("teacher"):
+        with report.seconds.measure("teacher"):
             embeddings.append(teacher(batch))
-        with report.measure("write"):
+        with report.seconds.measure("write"):
             levels.append(
                 activity_db(batch, info.window_samples, info.hop_samples, len(embeddings[-1]))
             )
 
-    for block in report.measure_each("decode", blocks):
+    for block in report.seconds.measure_each("decode", blocks):
         write(stft.add(block))
         if "audio" in writer.datasets:
-            with report.measure("write"):
+            with report.seconds.measure("write"):
                 writer.append_audio(signal, block)
-        with report.measure("decode"):
+        with report.seconds.measure("decode"):
             samples = mono.add(block)
         for batch in batches.add(samples):
             embed(batch)
@@ -380,7 +340,7 @@ def _write_signal(
     for batch in batches.add(mono.finish()):
         embed(batch)
     embed(batches.rest())
-    with report.measure("write"):
+    with report.seconds.measure("write"):
         writer.append_embedding(signal, np.concatenate(embeddings), np.concatenate(levels))
 
 

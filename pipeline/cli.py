@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from flsep.cache import CacheError, ShardFile, read_index, verify_shards
+from flsep.cache import CacheError, Mixes, ShardFile, read_index, verify_mixes, verify_shards
+from flsep.cache.mixes import INDEX_NAME as MIXES_INDEX_NAME
+from flsep.pipeline.mixes_cli import describe_mixes, mixes_command
 from flsep.pipeline.options import corpus_options, make_plan
 from flsep.pipeline.reporting import (
     describe_plan,
@@ -162,6 +164,9 @@ def run_command(
         raise click.exceptions.Exit(1)
 
 
+cli.add_command(mixes_command)
+
+
 @cli.command("verify")
 @click.argument("shards", type=_FOLDER)
 @click.option(
@@ -177,7 +182,7 @@ def run_command(
 )
 @worker_options
 def verify_command(shards: Path, against: Path | None, teacher: str | None, **options: Any) -> None:
-    """Read every byte of SHARDS again and compare it with the digests.
+    """Read every byte of SHARDS, or of mixes, again and compare it with the digests.
 
     Use it after copying shards to another machine. The exit status is 1 if anything is wrong.
 
@@ -189,16 +194,25 @@ def verify_command(shards: Path, against: Path | None, teacher: str | None, **op
 
     if not against and (teacher or are_workers_chosen(options)):
         raise ValueError("--teacher and options of workers have no effect without --against")
-    index = read_index(shards)
+    if (shards / MIXES_INDEX_NAME).exists():
+        if against:
+            raise ValueError(f"--against: {shards} holds mixes; render them again to compare")
+        mixes = Mixes(shards)
+        sizes, verdicts = mixes.num_bytes, verify_mixes(mixes)
+        what = f"{len(sizes)} files, {mixes.num_epochs} epochs of mixes"
+    else:
+        index = read_index(shards)
+        sizes, verdicts = index.shard_bytes, verify_shards(shards)
+        what = f"{len(sizes)} shards, {len(index.tracks)} tracks"
     problems = []
-    total = sum(index.shard_bytes.values())
+    total = sum(sizes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", dynamic_ncols=True) as bar:
-        for verdict in verify_shards(shards):
+        for verdict in verdicts:
             bar.update(verdict.num_bytes)
             if verdict.problem:
                 problems.append(verdict.problem)
-    counts = f"{len(index.shard_bytes)} shards, {len(index.tracks)} tracks, {show_bytes(total)}: "
-    click.echo(counts + (f"{len(problems)} damaged" if problems else "all intact"))
+    result = f"{len(problems)} damaged" if problems else "all intact"
+    click.echo(f"{what}, {show_bytes(total)}: {result}")
     if against and not problems:
         problems = _recheck(shards, against, teacher, options)
     for problem in problems:
@@ -235,13 +249,19 @@ def _recheck(shards: Path, corpus: Path, teacher: str | None, options: dict[str,
 @cli.command("inspect")
 @click.argument("shard", type=_FOLDER)
 def inspect_command(shard: Path) -> None:
-    """Show what a SHARD, or a whole folder of them, holds.
+    """Show what a SHARD, a whole folder of them, or a folder of mixes holds.
 
     \b
     Examples:
       flsep-precompute inspect shards/
       flsep-precompute inspect shards/train-0123456789abcdef.h5
     """
+    if (shard / MIXES_INDEX_NAME).exists():
+        mixes = Mixes(shard)
+        describe_mixes(mixes.config, mixes.num_epochs)
+        click.echo(f"made by  {', '.join(f'{k} {v}' for k, v in mixes.packages.items())}")
+        click.echo(f"shards   fingerprint {mixes.config.shards[:12]}")
+        return
     if shard.is_dir():
         index = read_index(shard)
         layout, packages, stamp = index.layout, index.packages, index.fingerprint

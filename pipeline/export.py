@@ -24,7 +24,7 @@ from flsep.pipeline.savedmodel import (
     one_line,
     published_folder,
 )
-from flsep.pipeline.teacher import Teacher, TeacherInfo
+from flsep.pipeline.teacher import EACH, Teacher, TeacherInfo
 
 MUSICNN_REQUIREMENT = "musicnn==0.1.0"
 MUSICNN_SHA256 = "f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa"
@@ -87,7 +87,7 @@ def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
     """
     tf = import_tensorflow()
     variables = _read_checkpoint(tf, checkpoint, vggish.SHAPES, str(checkpoint))
-    return _export(tf, out, variables, {"__call__": vggish.embed})
+    return _export(tf, out, variables, {"__call__": vggish.embed, EACH: vggish.embed})
 
 
 def check_vggish(folder: Path) -> SineCheck:
@@ -130,7 +130,7 @@ def export_musicnn(out: Path, *, wheel: Path | None = None) -> TeacherInfo:
         prefix = folder / "musicnn" / _MUSICNN_MODEL / "model"
         variables = _read_checkpoint(tf, prefix, musicnn.SHAPES, str(archive))
         licence = (folder / _MUSICNN_LICENCE).read_bytes()
-    functions = {"__call__": musicnn.embed, "tags": musicnn.tag}
+    functions = {"__call__": musicnn.embed, EACH: musicnn.embed, "tags": musicnn.tag}
     return _export(tf, out, variables, functions, {"LICENSE.md": licence})
 
 
@@ -179,8 +179,9 @@ def _export(
             for name, value in variables.items()
         }
         by_name = dict(zip(variables, module.parameters.values(), strict=True))
-        signature = [tf.TensorSpec([None], tf.float32, name="waveform")]
         for name, function in functions.items():
+            shape = [None, None] if name == EACH else [None]
+            signature = [tf.TensorSpec(shape, tf.float32, name="waveform")]
             bound = functools.partial(function, tf, by_name)
             setattr(module, name, tf.function(bound, input_signature=signature))
         try:

@@ -4,6 +4,7 @@ Long waveforms come and go in blocks, so that memory does not depend on their le
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class Stft:
             raise ValueError(f"block_frames {block_frames}: expected at least 1")
         self._n_fft = n_fft
         self._hop = hop
-        self._window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
+        self._window = _hann(n_fft)
         self._pieces = Pieces((block_frames - 1) * hop + n_fft, block_frames * hop)
         self._ends: NDArray[np.float32] | None = None  # what to reflect: the start, then the end
         self._is_started = False
@@ -149,6 +150,54 @@ class Stft:
             frames * self._window, axis=-1, overwrite_x=True
         )
         return spectrum
+
+
+def inverse_stft(spectrum: NDArray[np.complex64], *, n_fft: int, hop: int) -> NDArray[np.float32]:
+    """Invert the short-time Fourier transform of one channel.
+
+    Griffin and Lim (1984): windowed again, overlapped and added, divided by the sum of the squared
+    windows; what `librosa.istft` computes.
+
+    Parameters
+    ----------
+    spectrum
+        complex64 [frame, bin] as from `Stft`; bins that are left out at the top count as 0.
+    n_fft
+        Samples of a window.
+    hop
+        Samples from one frame to the next, n_fft // 2 at most.
+
+    Returns
+    -------
+    waveform
+        float32 [sample], (frames - 1) * hop samples.
+    """
+    frames = scipy.fft.irfft(spectrum, n_fft, axis=-1)
+    frames *= _hann(n_fft)
+    inside = slice(n_fft // 2, n_fft // 2 + (len(frames) - 1) * hop)
+    waveform: NDArray[np.float32] = _overlap_add(frames, hop)[inside]
+    waveform *= _inverse_weight(len(frames), n_fft, hop)[inside]
+    return waveform
+
+
+def _overlap_add(frames: NDArray[np.float32], hop: int) -> NDArray[np.float32]:
+    num_frames, size = frames.shape
+    total = np.zeros((num_frames - 1) * hop + size, np.float32)
+    for number, frame in enumerate(frames):
+        total[number * hop : number * hop + size] += frame
+    return total
+
+
+@lru_cache(maxsize=4)
+def _inverse_weight(num_frames: int, n_fft: int, hop: int) -> NDArray[np.float32]:
+    weight = _overlap_add(np.broadcast_to(_hann(n_fft) ** 2, (num_frames, n_fft)), hop)
+    # The very ends, which are cut off, have the weight 0.
+    return np.reciprocal(np.maximum(weight, _SMALLEST_NORMAL))
+
+
+def _hann(size: int) -> NDArray[np.float32]:
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+    return window.astype(np.float32)
 
 
 def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:

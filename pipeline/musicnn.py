@@ -54,12 +54,12 @@ def log_mel(tf: Any, waveform: Any) -> Any:
     ----------
     tf : module
         TensorFlow.
-    waveform : float32 [sample]
+    waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
-    float32 [window, 187, 96]
+    float32 [..., window, 187, 96]
         ``log10(1 + 10000 mel)``: periodic Hann windows of 512 samples every 256, not centred, 96
         Slaney mel bands of 0-8000 Hz on the power; patches of 187 frames that do not overlap.
     """
@@ -69,7 +69,7 @@ def log_mel(tf: Any, waveform: Any) -> Any:
     bands = librosa.filters.mel(sr=SAMPLE_RATE_HZ, n_fft=_FFT_SIZE, n_mels=_NUM_MELS)
     mel = tf.matmul(tf.square(tf.abs(spectrum)), tf.constant(bands.T))
     logarithm = tf.math.log1p(10000.0 * mel) / tf.math.log(10.0)
-    return tf.signal.frame(logarithm, _PATCH_FRAMES, _PATCH_FRAMES, axis=0)
+    return tf.signal.frame(logarithm, _PATCH_FRAMES, _PATCH_FRAMES, axis=-2)
 
 
 def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
@@ -81,16 +81,16 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
         TensorFlow.
     variables : mapping of str to variable
         By the names of `SHAPES`.
-    waveform : float32 [sample]
+    waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
     float32 [window, 256]
         The last pooling layer, batch normalisation with the trained moments; the flattening order
-        is row, column, channel.
+        is row, column, channel. The windows of the first waveform come first.
     """
-    patches = log_mel(tf, waveform)
+    patches = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS])
     num_groups = -(-tf.shape(patches)[0] // _PATCHES_AT_ONCE)
 
     def embed_group(group: Any, embeddings: Any) -> tuple[Any, Any]:

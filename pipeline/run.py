@@ -1,32 +1,26 @@
 """The whole offline stage: plan, make the shards inline or on Dask, write the index last."""
 
-import fcntl
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flsep.cache import (
-    MismatchError,
     MissingDataError,
     ShardFile,
     build_index,
     remove_leftovers,
     write_index,
-    write_json,
 )
-from flsep.cache.format import INDEX_NAME, fingerprint
+from flsep.cache.format import INDEX_NAME
 from flsep.pipeline.build import ShardReport, ShardSettings, find_problem, make_shard
 from flsep.pipeline.execute import Outcome, run_inline
 from flsep.pipeline.failures import read_failures, still_failed
+from flsep.pipeline.folders import CONFIG_NAME, claim, locked
 from flsep.pipeline.plan import Plan, ShardTask, share_tasks
+from flsep.pipeline.stopwatch import Stopwatch
 
-CONFIG_NAME = "config.json"
 Runner = Callable[
     [Callable[[ShardTask], ShardReport], Sequence[ShardTask]],
     Iterator[Outcome],
@@ -45,7 +39,7 @@ class RunSummary:
         Length of the tracks stored now.
     wall_seconds : float
         How long the run took.
-    seconds : dict
+    seconds : Stopwatch
         Time that all workers together spent on each part.
     failed : list of (str, str)
         Tracks that are not stored, with the reason.
@@ -57,7 +51,7 @@ class RunSummary:
     num_kept: int = 0
     audio_seconds: float = 0.0
     wall_seconds: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Stopwatch = field(default_factory=Stopwatch)
     failed: list[tuple[str, str]] = field(default_factory=list)
     renewed: list[str] = field(default_factory=list)
 
@@ -101,8 +95,8 @@ def run_plan(
     tasks = plan.tasks if part is None else share_tasks(plan.tasks, *part)
     folder.mkdir(parents=True, exist_ok=True)
     summary = RunSummary(failed=[] if part else list(plan.rejected))
-    with _locked(folder, shared=part is not None):
-        _claim(folder, settings)
+    with locked(folder, shared=part is not None):
+        claim(folder, settings.fingerprinted())
         if part is None:
             remove_leftovers(folder)
         made = []
@@ -141,8 +135,8 @@ def finalise(plan: Plan, settings: ShardSettings) -> RunSummary:
     if not (folder / CONFIG_NAME).exists():
         raise MissingDataError(f"{folder}: no part has run here; expected shards to index")
     summary = RunSummary(failed=list(plan.rejected))
-    with _locked(folder, shared=False):
-        _claim(folder, settings)
+    with locked(folder, shared=False):
+        claim(folder, settings.fingerprinted())
         remove_leftovers(folder)
         made, problems = [], []
         for task in plan.tasks:
@@ -185,70 +179,9 @@ def _add(summary: RunSummary, shard: ShardReport) -> None:
     summary.failed += shard.rejected
     if shard.found:
         summary.renewed.append(shard.found)
-    for part, seconds in shard.seconds.items():
-        summary.seconds[part] = summary.seconds.get(part, 0.0) + seconds
+    summary.seconds.add(shard.seconds)
     if shard.kept:
         summary.num_kept += shard.num_tracks
     else:
         summary.num_made += shard.num_tracks
         summary.audio_seconds += shard.audio_seconds
-
-
-@contextmanager
-def _locked(folder: Path, *, shared: bool) -> Iterator[None]:
-    """Let one run, or any number of parts, write into a folder; the lock ends with the process.
-
-    It counts on `flock` reaching all machines that see the folder, as it does on a local disk, on
-    NFS, on GPFS, and on Lustre that is mounted with ``flock``. Where it does not, two runs do each
-    other's work and cannot spoil it: they write under names of their own, then rename.
-    """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MismatchError(
-                f"{folder}: another run is writing into it; wait for it, or use another folder"
-            ) from error
-        except OSError as error:
-            raise MismatchError(
-                f"{folder}: its file system cannot lock files ({error.strerror}); mount it with "
-                "locks, or use another folder"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _claim(folder: Path, settings: ShardSettings) -> None:
-    """Write the configuration into a new folder; refuse a folder of another configuration."""
-    path = folder / CONFIG_NAME
-    config = settings.fingerprinted()
-    if not path.exists():
-        if any(folder.glob("*.h5")):
-            raise MismatchError(
-                f"{folder}: holds *.h5 files but no {CONFIG_NAME}; expected an empty folder or "
-                "one that an earlier run made"
-            )
-        write_json(path, {"config": config, "fingerprint": fingerprint(config)})
-        return
-    try:
-        stored = json.loads(path.read_bytes())["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MismatchError(
-            f"{path}: not readable ({error}); delete the folder and run again"
-        ) from error
-    if stored != config:
-        changes = "; ".join(dict.fromkeys(_list_changes(stored, config)))
-        raise MismatchError(
-            f"{folder}: holds shards of another configuration ({changes}); "
-            "give each configuration its own folder"
-        )
-
-
-def _list_changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _list_changes(old.get(key), new.get(key), key)
-    elif old != new:
-        yield f"{name} was {old}, now {new}"

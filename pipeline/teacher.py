@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,8 @@ _SHORTEST_PROBE_SAMPLES = SAMPLE_RATE_HZ
 _LONGEST_PROBE_SAMPLES = 64 * SAMPLE_RATE_HZ  # two windows must fit
 _NUM_CHECKED_WINDOWS = 5
 _CHUNK_TOLERANCE = 1e-3  # relative to the largest embedding value
+EACH = "each"
+"""A teacher may have a function of this name: float32 [waveform, sample] -> [window, dim]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,64 @@ class Teacher:
             )
         return _embed_in_chunks(self._model, self.info, waveform, self.batch_windows)
 
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed short waveforms of one length, in large batches where the model can do that.
+
+        Parameters
+        ----------
+        waveforms : float32 [waveform, sample]
+            Mono, at ``info.sample_rate_hz``, in -1..1, at least one window long.
+
+        Returns
+        -------
+        float32 [waveform, window, dim]
+            One embedding for each window that lies inside a waveform.
+
+        Raises
+        ------
+        ValueError
+            If the waveforms are shorter than one window.
+        TeacherError
+            If an embedding is not finite.
+        """
+        info = self.info
+        num_windows = 1 + (waveforms.shape[1] - info.window_samples) // info.hop_samples
+        if not self._model.has_each or num_windows < 1:
+            return np.stack([self(waveform) for waveform in waveforms])
+        at_once = max(1, self.batch_windows // num_windows)
+        parts = [
+            self._model.embed_each(waveforms[first : first + at_once])
+            for first in range(0, len(waveforms), at_once)
+        ]
+        return np.concatenate(parts).reshape(len(waveforms), num_windows, info.dim)
+
+
+@lru_cache(maxsize=1)
+def load_once(folder: Path, info: TeacherInfo, num_threads: int | None) -> Teacher:
+    """Load a teacher once in a process.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Where it is.
+    info : TeacherInfo
+        What the run found it to be.
+    num_threads : int, optional
+        As for `Teacher.load`.
+
+    Raises
+    ------
+    ValueError
+        If it is no longer the same.
+    """
+    teacher = Teacher.load(str(folder), num_threads=num_threads, info=info)
+    if teacher.info.digest != info.digest:
+        raise ValueError(
+            f"{folder}: the teacher changed while the run was going on; start again with one "
+            "teacher"
+        )
+    return teacher
+
 
 class _Function:
     """The model's function, its result checked at every call."""
@@ -202,8 +264,19 @@ class _Function:
         self._model = model
         self._tf = import_tensorflow()
 
+    @property
+    def has_each(self) -> bool:
+        """Whether the model takes several waveforms at once."""
+        return callable(getattr(self._model, EACH, None))
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed waveforms of one length, float32 [window, dim], those of the first one first."""
+        return self._check(getattr(self._model, EACH)(self._tf.constant(waveforms)), waveforms)
+
     def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
-        result = self._model(self._tf.constant(waveform))
+        return self._check(self._model(self._tf.constant(waveform)), waveform)
+
+    def _check(self, result: Any, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
         if not self._tf.is_tensor(result):
             raise TeacherError(
                 f"teacher {self.name}: returns a {type(result).__name__}, "
@@ -212,13 +285,13 @@ class _Function:
         if result.dtype != self._tf.float32 or len(result.shape) != 2:
             raise TeacherError(
                 f"teacher {self.name}: returns {result.dtype.name} {result.shape.as_list()} for "
-                f"float32 [{len(waveform)}], expected float32 [window, dim]"
+                f"float32 {list(waveform.shape)}, expected float32 [window, dim]"
             )
         embedding: NDArray[np.float32] = result.numpy()
         if not np.isfinite(embedding).all():
             raise TeacherError(
                 f"teacher {self.name}: returns values that are not finite "
-                f"for {len(waveform)} samples of audio"
+                f"for {waveform.size} samples of audio"
             )
         return embedding
 
@@ -315,6 +388,13 @@ def _check_chunks(function: _Function, info: TeacherInfo) -> None:
         )
     difference = np.abs(whole - _embed_in_chunks(function, info, waveform, 2)).max()
     largest = np.abs(whole).max()
+    if function.has_each:
+        each = function.embed_each(np.stack([waveform, -waveform]))[:_NUM_CHECKED_WINDOWS]
+        if each.shape != whole.shape or np.abs(each - whole).max() > _CHUNK_TOLERANCE * largest:
+            raise TeacherError(
+                f"teacher {info.handle}: its function {EACH!r} gives other embeddings than the "
+                "teacher itself; expected those of the first waveform, then those of the next"
+            )
     if difference > _CHUNK_TOLERANCE * largest:
         raise TeacherError(
             f"teacher {info.handle}: is not shift-invariant, chunks of audio give embeddings that "

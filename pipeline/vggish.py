@@ -45,12 +45,12 @@ def log_mel(tf: Any, waveform: Any) -> Any:
     ----------
     tf : module
         TensorFlow.
-    waveform : float32 [sample]
+    waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
-    float32 [window, 96, 64]
+    float32 [..., window, 96, 64]
         ``log(mel + 0.01)``: periodic Hann windows of 25 ms every 10 ms, not centred, FFT of 512,
         64 HTK mel bands of 125-7500 Hz on the magnitude; patches of 0.96 s that do not overlap.
     """
@@ -59,7 +59,7 @@ def log_mel(tf: Any, waveform: Any) -> Any:
         _NUM_MELS, _FFT_SIZE // 2 + 1, SAMPLE_RATE_HZ, _LOWEST_HZ, _HIGHEST_HZ
     )
     mel = tf.matmul(tf.abs(spectrum), bands)
-    return tf.signal.frame(tf.math.log(mel + _LOG_OFFSET), _PATCH_FRAMES, _PATCH_FRAMES, axis=0)
+    return tf.signal.frame(tf.math.log(mel + _LOG_OFFSET), _PATCH_FRAMES, _PATCH_FRAMES, axis=-2)
 
 
 def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
@@ -71,15 +71,15 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
         TensorFlow.
     variables : mapping of str to variable
         By the names of `SHAPES`.
-    waveform : float32 [sample]
+    waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
     float32 [window, 128]
-        The last layer, without an activation.
+        The last layer, without an activation; the windows of the first waveform, then of the next.
     """
-    hidden = log_mel(tf, waveform)[..., tf.newaxis]
+    hidden = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS, 1])
     for layer, shape in _LAYERS.items():
         weights, biases = (variables[f"vggish/{layer}/{kind}"] for kind in ("weights", "biases"))
         if len(shape) == 4:

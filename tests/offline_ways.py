@@ -69,10 +69,10 @@ def plain(track: Path, teacher_folder: Path, out: Path) -> dict[str, Any]:
 
 def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[str, Any]:
     """Make the shard of a corpus of one track, as a worker does: the teacher has one thread."""
-    from flsep.pipeline.build import ShardSettings, load_teacher, make_shard
+    from flsep.pipeline.build import ShardSettings, make_shard
     from flsep.pipeline.config import FeatureConfig
     from flsep.pipeline.plan import plan_shards
-    from flsep.pipeline.teacher import Teacher
+    from flsep.pipeline.teacher import Teacher, load_once
     from flsep.pipeline.tracks import find_corpus
 
     config = FeatureConfig()
@@ -87,7 +87,7 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
         num_threads=1,
     )
     (task,) = plan_shards(found, config, shard_bytes=1 << 40).tasks
-    teacher = load_teacher(settings)
+    teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
     num_samples = (_BATCH_WINDOWS - 1) * info.hop_samples + info.window_samples
     noise = 0.1 * np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)
 

@@ -41,7 +41,7 @@ from flsep.trainer.separator import Separation
 
 APPROACHES = ("none", "concat", "contrastive", "distance")
 TEACHER_SIGNALS = ("mixture", "stems")
-MIXINGS = ("original", "random")
+MIXINGS = ("original", "random", "rendered")
 
 # Windows whose embeddings are this similar (0.8 degrees apart) sound the same to the teacher: a
 # loop, or one passage drawn twice. Calling one the other's negative would set the loss against
@@ -318,8 +318,9 @@ def check_combination(approach: str, mixing: str, teacher_signal: str) -> None:
     ----------
     approach : {'none', 'concat', 'contrastive', 'distance'}
         The way to inform the latent.
-    mixing : {'original', 'random'}
-        Excerpts of the tracks as they are, or each source from a random track.
+    mixing : {'original', 'random', 'rendered'}
+        Excerpts of the tracks as they are; each source from a random track; or such mixes that
+        the teacher has heard.
     teacher_signal : {'mixture', 'stems'}
         The signal whose embeddings are used; without meaning for 'none'.
 
@@ -336,13 +337,14 @@ def check_combination(approach: str, mixing: str, teacher_signal: str) -> None:
     if approach == "concat" and teacher_signal == "stems":
         raise ValueError(
             "concat needs the mixture's embedding, for it separates where no stems are known: "
-            "use --teacher-signal mixture with --mixing original"
+            "use --teacher-signal mixture with --mixing original or rendered"
         )
     if mixing == "random" and teacher_signal == "mixture":
         others = "" if approach == "concat" else ", or --teacher-signal stems"
         raise ValueError(
             f"{approach} with the mixture's embedding: a random mixture has no precomputed "
-            f"embedding; use --mixing original{others}"
+            f"embedding; use --mixing original, --mixing rendered with mixes that "
+            f"flsep-precompute mixes made{others}"
         )
 
 

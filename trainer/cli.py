@@ -114,10 +114,18 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--mixing",
-    type=click.Choice(["original", "random"]),
+    type=click.Choice(["original", "random", "rendered"]),
     help="original: excerpts of the tracks as they are. random: each source from a random track, "
     "with its own gain and channel swap; regularizers then need --teacher-signal stems, concat "
-    "is impossible. Compare approaches under the same mixing. [default: original]",
+    "is impossible. rendered: such mixes from --mixes, for every approach. Compare approaches "
+    "under the same mixing. [default: original]",
+)
+@click.option(
+    "--mixes",
+    type=_FOLDER,
+    metavar="FOLDER",
+    help="Of flsep-precompute mixes, for --mixing rendered; epochs beyond its last begin again "
+    "with its first.",
 )
 @click.option(
     "--teacher-signal",
@@ -178,6 +186,7 @@ def fit(
     recipe: str,
     resume: bool,
     overwrite: bool,
+    mixes: Path | None,
     save_minutes: float,
     resident: str | None,
     workers: int | None,
@@ -219,6 +228,7 @@ def fit(
         options=options,
         resume=resume,
         overwrite=overwrite,
+        mixes=mixes,
         seconds_between_saves=60 * save_minutes,
         resident=resident,
         num_workers=_count_threads(workers),

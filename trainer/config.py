@@ -54,11 +54,12 @@ class DataConfig:
 
     Attributes
     ----------
-    mixing : {'original', 'random'}
+    mixing : {'original', 'random', 'rendered'}
         ``original``: excerpts of the tracks as they are; both channels of a whole excerpt may be
         swapped, but there is no gain: the teacher's embedding belongs to the unchanged mixture.
         ``random``: each source from a random track at a random position, with its own gain and
-        channel swap, and the mixture is their sum.
+        channel swap, and the mixture is their sum. ``rendered``: the same, from the recipes of
+        ``flsep-precompute mixes``, whose mixtures the teacher has heard.
     excerpt_seconds : float
         Length of an excerpt, in training and in validation.
     excerpts_per_track : int
@@ -66,12 +67,12 @@ class DataConfig:
     batch_size : int
         Excerpts in a batch, in all processes together.
     min_gain, max_gain : float
-        Each source's gain is uniform between these (random mixing only).
+        Each source's gain is uniform between these (not with original mixing).
     swap_probability : float
         Of reversing the order of the channels.
     """
 
-    mixing: Literal["original", "random"] = "original"
+    mixing: Literal["original", "random", "rendered"] = "original"
     excerpt_seconds: float = 6.0
     excerpts_per_track: int = 64
     batch_size: int = 16

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from flsep.cache import Shards, Statistics, TrackRecord
+from flsep.cache import Draw, Grid, Shards, Statistics, TrackRecord
 from flsep.trainer.approaches import TeacherWindows
 from flsep.trainer.batches import Batch, allocate_together
-from flsep.trainer.excerpts import DataError, Draw, Excerpts, Grid, Part, held_windows
+from flsep.trainer.excerpts import DataError, Excerpts, Part, held_windows
 from flsep.trainer.residency import Resident
 
 _BATCHES_AHEAD = 2
@@ -178,17 +178,31 @@ class Reader:
                 np.copyto(out, stored[start : start + num_frames])
         if batch.windows is None:
             return
+        heard = draw.heard
         if self.teacher_signal == "mixture":
             track, window = draw.places[0]
-            self._fill_windows(batch.windows, (slot,), track, window, 0)
+            if heard is not None:
+                window, num_windows = 0, heard.embedding.shape[1]
+                self._fill_windows(
+                    batch.windows, (slot,), 0, heard.embedding[0], heard.activity_db[0]
+                )
+            else:
+                num_windows = track.num_windows
+                self._fill_windows_of(batch.windows, (slot,), track, window, 0)
             start = self.layout.window_frames(window)[0]
             frames = np.arange(start, start + num_frames)
-            held = held_windows(self.layout, frames, track.num_windows) - window
+            held = held_windows(self.layout, frames, num_windows) - window
             batch.windows.held.numpy()[slot] = np.clip(held, 0, self.grid.num_windows - 1)
             return
-        for source in range(len(self.layout.sources)):
-            track, window = draw.places[source if len(draw.places) > 1 else 0]
-            self._fill_windows(batch.windows, (source, slot), track, window, 1 + source)
+        for signal in range(1, 1 + len(self.layout.sources)):
+            entry = (signal - 1, slot)
+            if heard is not None and len(heard.embedding) > 1:
+                self._fill_windows(
+                    batch.windows, entry, 0, heard.embedding[signal], heard.activity_db[signal]
+                )
+            else:
+                track, window = draw.places[signal - 1 if len(draw.places) > 1 else 0]
+                self._fill_windows_of(batch.windows, entry, track, window, signal)
 
     def _resident(self, pin: bool) -> Resident | None:
         """Return where excerpts can stay, as the batch is gathered from there."""
@@ -197,7 +211,7 @@ class Reader:
             return shards
         return None
 
-    def _fill_windows(
+    def _fill_windows_of(
         self,
         windows: TeacherWindows,
         entry: tuple[int, ...],
@@ -205,14 +219,26 @@ class Reader:
         first: int,
         signal: int,
     ) -> None:
+        """Fill in what the teacher heard in a track."""
         present = slice(first, min(first + self.grid.num_windows, track.num_windows))
-        count = present.stop - present.start
+        embedding, activity_db = (
+            self._shards.read(track, name, signal)[present] for name in ("embedding", "activity")
+        )
+        self._fill_windows(windows, entry, first, embedding, activity_db)
+
+    def _fill_windows(
+        self,
+        windows: TeacherWindows,
+        entry: tuple[int, ...],
+        first: int,
+        embedding: npt.NDArray[np.float32],
+        activity_db: npt.NDArray[np.float32],
+    ) -> None:
+        """Fill in the windows from the `first` of a track on, in which the excerpt starts."""
+        count = len(embedding)
         assert self.standard is not None
-        embedding = self._shards.read(track, "embedding", signal)[present]
         windows.embeddings.numpy()[entry][:count] = self.standard(embedding)
-        windows.activity_db.numpy()[entry][:count] = self._shards.read(track, "activity", signal)[
-            present
-        ]
+        windows.activity_db.numpy()[entry][:count] = activity_db
         bounds = self.grid.bounds(first)
         windows.bounds.numpy()[entry] = bounds
         inside = bounds[:, 1] <= self.grid.num_frames

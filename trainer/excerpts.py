@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache import Layout, Shards, TrackRecord
+from flsep.cache import Draw, Grid, Layout, RandomMixes, RenderedMixes, TrackRecord
 from flsep.trainer.config import DataConfig
 
 
@@ -48,115 +48,6 @@ def smallest_batch(num_excerpts: int, batch_size: int) -> int:
     return num_excerpts - (num_excerpts - 1) // batch_size * batch_size
 
 
-class Grid:
-    """Excerpts of one length on the teacher's windows.
-
-    Parameters
-    ----------
-    layout : Layout
-        Of the data.
-    excerpt_seconds : float
-        Length of an excerpt; it has ``1 + round(excerpt_seconds * rate) // hop`` frames.
-
-    Attributes
-    ----------
-    num_frames : int
-        Of an excerpt.
-    num_windows : int
-        As many as can overlap an excerpt.
-    """
-
-    def __init__(self, layout: Layout, excerpt_seconds: float) -> None:
-        self.layout, self.excerpt_seconds = layout, excerpt_seconds
-        self.num_frames = layout.num_frames(round(excerpt_seconds * layout.sample_rate_hz))
-        self._frames_a_window = (
-            layout.window_hop_seconds * layout.sample_rate_hz / layout.hop_samples
-        )
-        self.num_windows = int(self.num_frames / self._frames_a_window) + 1
-
-    def first_frame(self, window: int) -> int:
-        """Return the frame at which an excerpt starts that starts with a window."""
-        return self.layout.window_frames(window)[0]
-
-    def bounds(self, window: int) -> npt.NDArray[np.int64]:
-        """Return first and one-past-last frame of each window of an excerpt, int64 [window, 2].
-
-        Relative to the excerpt that starts with `window`, so that the first is 0; the distances
-        of the others differ by a frame between excerpts, as frames do not divide windows.
-        """
-        spans = [self.layout.window_frames(window + number) for number in range(self.num_windows)]
-        return np.array(spans, np.int64) - np.int64(spans[0][0])
-
-    @property
-    def num_whole_windows(self) -> int:
-        """Windows that lie wholly inside an excerpt that starts with the track."""
-        return int((self.bounds(0)[:, 1] <= self.num_frames).sum())
-
-    def starts(self, track: TrackRecord) -> range:
-        """Return the windows at which a whole excerpt of a track can start."""
-        last_frame = track.num_frames - self.num_frames
-        if last_frame < 0:
-            return range(0)
-        return range(min(self.last_start(last_frame) + 1, track.num_windows))
-
-    def last_start(self, frame: int) -> int:
-        """Return the last window whose first frame is not after a frame, 0 or more."""
-        # `first_frame` grows with the window: turn it round, and undo its rounding with itself.
-        window = int(frame / self._frames_a_window) + 1
-        while self.first_frame(window) > frame:
-            window -= 1
-        return window
-
-    def split_by_length(
-        self, shards: Shards, split: str
-    ) -> tuple[list[TrackRecord], list[TrackRecord]]:
-        """Return the tracks of a split that can hold an excerpt, and those that cannot.
-
-        Raises
-        ------
-        DataError
-            If there is no track, or none is long enough.
-        """
-        tracks = shards.tracks(split)
-        if not tracks:
-            raise DataError(
-                f"{shards.folder}: no track in the split {split!r}; precompute a corpus "
-                "that has one (--valid-fraction makes a validation split)"
-            )
-        long_enough: list[TrackRecord] = []
-        short: list[TrackRecord] = []
-        for track in tracks:
-            (long_enough if self.starts(track) else short).append(track)
-        if not long_enough:
-            longest = max(tracks, key=lambda track: track.num_samples)
-            raise DataError(
-                f"{shards.folder}: no track of the split {split!r} can hold an excerpt of "
-                f"{self.excerpt_seconds:g} s; the longest, {longest.name!r}, has "
-                f"{longest.num_samples / self.layout.sample_rate_hz:.2f} s: "
-                "use --set data.excerpt_seconds=..."
-            )
-        return long_enough, short
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """One excerpt, as drawn.
-
-    Attributes
-    ----------
-    places : tuple of (TrackRecord, int)
-        Track and start window: one, of all signals, or one for each source.
-    swaps : tuple of bool
-        Whether the channels are reversed, for each place.
-    gains : tuple of float or None
-        For each source; None leaves the track's own mixture.
-    """
-
-    places: tuple[tuple[TrackRecord, int], ...]
-    swaps: tuple[bool, ...]
-    gains: tuple[float, ...] | None
-
-
 def held_windows(
     layout: Layout, frames: npt.NDArray[np.int64], num_windows: int
 ) -> npt.NDArray[np.int64]:
@@ -176,8 +67,85 @@ class Excerpts(Protocol):
         """Return one excerpt of an epoch; it depends on nothing but the arguments and the seed."""
 
 
-class RandomExcerpts:
-    """The training excerpts: as many of each track in every epoch, in random order.
+def draw_excerpts(
+    grid: Grid,
+    tracks: Sequence[TrackRecord],
+    config: DataConfig,
+    seed: int,
+    rendered: RenderedMixes | None = None,
+) -> Excerpts:
+    """Return the training excerpts under the mixing that is wanted.
+
+    Parameters
+    ----------
+    grid : Grid
+        Says where excerpts can start.
+    tracks : sequence of TrackRecord
+        Those of the training split that can hold an excerpt.
+    config : DataConfig
+        Mixing, number of excerpts, gain, swap.
+    seed : int
+        Decides the excerpts, unless they are rendered.
+    rendered : RenderedMixes, optional
+        Of these tracks.
+
+    Raises
+    ------
+    DataError
+        If rendered mixes are missing, not wanted, or made with other settings.
+    CacheError
+        If files of them are missing or truncated.
+    """
+    if config.mixing == "rendered":
+        if rendered is None:
+            raise DataError(
+                "--mixing rendered: say with --mixes where flsep-precompute mixes wrote them"
+            )
+        _check_rendered(rendered, config)
+        return rendered
+    if rendered is not None:
+        raise DataError(f"--mixes {rendered.mixes.folder}: use it with --mixing rendered")
+    if config.mixing == "original":
+        return OriginalExcerpts(
+            grid,
+            tracks,
+            excerpts_per_track=config.excerpts_per_track,
+            swap_probability=config.swap_probability,
+            seed=seed,
+        )
+    return RandomMixes(
+        grid,
+        tracks,
+        mixes_per_track=config.excerpts_per_track,
+        min_gain=config.min_gain,
+        max_gain=config.max_gain,
+        swap_probability=config.swap_probability,
+        seed=seed,
+    )
+
+
+def _check_rendered(rendered: RenderedMixes, config: DataConfig) -> None:
+    mixes = rendered.mixes
+    if mixes.config.split != "train":
+        raise DataError(
+            f"{mixes.folder}: mixes of the split {mixes.config.split!r}, not of 'train'"
+        )
+    gains = ("min_gain", "max_gain", "swap_probability")
+    for name in ("excerpt_seconds", "excerpts_per_track", *gains):
+        wanted, found = getattr(config, name), getattr(mixes.config, name)
+        if wanted != found:
+            raise DataError(
+                f"{mixes.folder}: rendered with {name} {found:g}, the training has {wanted:g}; use "
+                f"--set data.{name}={found:g}, or render others"
+            )
+    mixes.check_files()
+
+
+class OriginalExcerpts:
+    """Excerpts of the tracks as they are: as many of each in every epoch, in random order.
+
+    Both channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs
+    to the unchanged mixture.
 
     Parameters
     ----------
@@ -185,39 +153,39 @@ class RandomExcerpts:
         Says where excerpts can start.
     tracks : sequence of TrackRecord
         Tracks that can hold an excerpt.
-    config : DataConfig
-        Mixing, gain, swap.
+    excerpts_per_track : int
+        An epoch has this many of each.
+    swap_probability : float
+        Of reversing the order of the channels.
     seed : int
         With the epoch and the index it decides an excerpt.
     """
 
     def __init__(
-        self, grid: Grid, tracks: Sequence[TrackRecord], config: DataConfig, seed: int
+        self,
+        grid: Grid,
+        tracks: Sequence[TrackRecord],
+        *,
+        excerpts_per_track: int,
+        swap_probability: float,
+        seed: int,
     ) -> None:
         self._tracks = [(track, grid.starts(track)) for track in tracks]
-        self._num_sources = len(grid.layout.sources)
-        self._config = config
+        self._excerpts_per_track = excerpts_per_track
+        self._swap_probability = swap_probability
         self._seed = seed
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return len(self._tracks) * self._config.excerpts_per_track
+        return len(self._tracks) * self._excerpts_per_track
 
     def draw(self, epoch: int, index: int) -> Draw:
         """Draw one excerpt."""
         # 1 + index: with index 0 the entropy would be that of the epoch's shuffle.
-        config, rng = self._config, np.random.default_rng((self._seed, epoch, 1 + index))
-        if config.mixing == "original":
-            track, starts = self._tracks[self._shuffle(epoch)[index] // config.excerpts_per_track]
-            place = (track, starts[rng.integers(len(starts))])
-            return Draw((place,), (bool(rng.random() < config.swap_probability),), None)
-        places = []
-        for _ in range(self._num_sources):
-            track, starts = self._tracks[rng.integers(len(self._tracks))]
-            places.append((track, starts[rng.integers(len(starts))]))
-        swaps = rng.random(self._num_sources) < config.swap_probability
-        gains = rng.uniform(config.min_gain, config.max_gain, self._num_sources)
-        return Draw(tuple(places), tuple(swaps.tolist()), tuple(gains.tolist()))
+        rng = np.random.default_rng((self._seed, epoch, 1 + index))
+        track, starts = self._tracks[self._shuffle(epoch)[index] // self._excerpts_per_track]
+        place = (track, starts[rng.integers(len(starts))])
+        return Draw((place,), (bool(rng.random() < self._swap_probability),), None)
 
     def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:

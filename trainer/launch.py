@@ -10,7 +10,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from flsep.cache import Shards
+from flsep.cache import Mixes, Shards
 from flsep.trainer.checkpoint import load_checkpoint
 from flsep.trainer.config import TrainConfig, apply_settings
 from flsep.trainer.loop import Stopped, describe_place, describe_training, fit, resume_config
@@ -39,6 +39,7 @@ def launch(
     options: Mapping[str, Any],
     resume: bool,
     overwrite: bool,
+    mixes: Path | None,
     seconds_between_saves: float,
     resident: str | None,
     num_workers: int,
@@ -57,6 +58,8 @@ def launch(
         Values of the named options of ``fit``, None where not given, and its ``settings``.
     resume, overwrite : bool
         Go on with the run in the folder, or replace it.
+    mixes : Path or None
+        Folder of rendered mixes.
     seconds_between_saves : float
         Within an epoch.
     resident : {'device', 'host'} or None
@@ -101,6 +104,7 @@ def launch(
                 part=part,
                 resident=resident,
                 report=loaded,
+                mixes=Mixes(mixes) if mixes else None,
             )
         if checkpoint is not None:
             training.restore(checkpoint, str(folder.last))
@@ -117,10 +121,11 @@ def launch(
             fit(training, folder, report=report, seconds_between_saves=seconds_between_saves)
         except Stopped as stopped:
             if is_first:
+                command = ["flsep-train", "fit", str(shards), "--run", str(run), "--resume"]
+                command += ["--mixes", str(mixes)] if mixes else []
                 click.echo(
                     f"Stopped by {stopped.number.name}, saved in {stopped.place}; go on with: "
-                    f"flsep-train fit {shlex.quote(str(shards))} --run {shlex.quote(str(run))} "
-                    "--resume",
+                    f"{shlex.join(command)}",
                     err=True,
                 )
             return 128 + stopped.number
@@ -142,8 +147,10 @@ def _prepare(
         # A run that was killed before its first checkpoint has nothing to lose: start again.
         folder.prepare(overwrite=overwrite or (resume and folder.is_unfinished))
     config = training.config
+    mixes = training.mixes and str(training.mixes.folder.resolve())
+    data = {"shards": str(shards.resolve()), "fingerprint": training.fingerprint, "mixes": mixes}
     folder.write_description(
-        {**config.to_json(), "shards": str(shards.resolve()), "fingerprint": training.fingerprint},
+        {**config.to_json(), **data},
         describe_environment(str(training.device), config.fit.seed),
     )
 

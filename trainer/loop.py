@@ -105,6 +105,10 @@ def describe_training(training: Training) -> Iterator[str]:
         f"epoch      {len(splits.train_excerpts)} excerpts of {data.excerpt_seconds:g} s in "
         f"{splits.num_batches} batches; then {len(splits.valid_excerpts)} to validate"
     )
+    if training.mixes is not None:
+        num_epochs = training.mixes.num_epochs
+        again = "; then again from the first" if config.fit.epochs > num_epochs else ""
+        yield f"mixes      {num_epochs} epochs of {training.mixes.folder}{again}"
     yield (
         f"separator  X-UMX for {', '.join(layout.sources)}; {num_parameters / 1e6:.2f} M parameters"
     )

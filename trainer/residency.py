@@ -24,9 +24,9 @@ _BLOCK_BYTES = 32 << 20
 def wanted_signals(
     layout: Layout, mixing: str, train: Sequence[TrackRecord], valid: Sequence[TrackRecord]
 ) -> list[tuple[TrackRecord, range]]:
-    """Return what a training reads: random mixing has no use for the training tracks' mixtures."""
+    """Return what a training reads: of the training tracks, mixing needs the sources alone."""
     num_signals = len(layout.signals)
-    trained = range(1, num_signals) if mixing == "random" else range(num_signals)
+    trained = range(num_signals) if mixing == "original" else range(1, num_signals)
     return [(track, trained) for track in train] + [(track, range(num_signals)) for track in valid]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from flsep.cache import Shards
+from flsep.cache import Grid, Mixes, Shards
 from flsep.trainer.batches import Batch
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.data import Reader, load_batches
@@ -13,9 +13,8 @@ from flsep.trainer.excerpts import (
     ConsecutiveExcerpts,
     DataError,
     Excerpts,
-    Grid,
     Part,
-    RandomExcerpts,
+    draw_excerpts,
     smallest_batch,
 )
 from flsep.trainer.parallel import count_local_ranks
@@ -31,7 +30,7 @@ class Splits:
         Its sections `data` and `approach`, and the seed.
     shards : Shards
         With the splits ``train`` and ``valid``.
-    device, num_workers, part, resident, report
+    device, num_workers, part, resident, report, mixes
         As for `Training`.
 
     Attributes
@@ -63,6 +62,7 @@ class Splits:
         part: Part,
         resident: str | None,
         report: Callable[[int, int], None] | None,
+        mixes: Mixes | None,
     ) -> None:
         approach, data = config.approach, config.data
         self._batch_size = data.batch_size
@@ -78,7 +78,13 @@ class Splits:
         self.train_tracks, train_short = grid.split_by_length(shards, "train")
         self.valid_tracks, valid_short = grid.split_by_length(shards, "valid")
         self.short_tracks = train_short + valid_short
-        self.train_excerpts = RandomExcerpts(grid, self.train_tracks, data, config.fit.seed)
+        self.train_excerpts = draw_excerpts(
+            grid,
+            self.train_tracks,
+            data,
+            config.fit.seed,
+            mixes.of(shards) if mixes else None,
+        )
         self.valid_excerpts = ConsecutiveExcerpts(grid, self.valid_tracks)
         self._check_parts()
         signal = None if approach.name == "none" else approach.teacher_signal

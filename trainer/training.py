@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flsep.cache import Shards
+from flsep.cache import Mixes, Shards
+from flsep.cache.format import fingerprint
 from flsep.trainer.approaches import check_combination
 from flsep.trainer.batches import Batch
 from flsep.trainer.checkpoint import (
@@ -111,6 +112,8 @@ class Training:
         Load all data into the memory of the device or the host first.
     report : callable, optional
         Called with the bytes loaded so far, and all there are.
+    mixes : Mixes, optional
+        For rendered mixing.
 
     Raises
     ------
@@ -130,6 +133,7 @@ class Training:
         part: Part = Part(),  # noqa: B008 - immutable
         resident: str | None = None,
         report: Callable[[int, int], None] | None = None,
+        mixes: Mixes | None = None,
     ) -> None:
         approach = config.approach
         check_combination(approach.name, config.data.mixing, approach.teacher_signal)
@@ -144,7 +148,9 @@ class Training:
             part=part,
             resident=resident,
             report=report,
+            mixes=mixes,
         )
+        self.mixes = mixes
         self.model = build_model(config, shards.layout, shards.index.statistics).to(device)
         self.updates = Updates(self.model, config.optim)
         if config.compute.compile:
@@ -341,6 +347,7 @@ class Training:
         if resumable:
             training, state = self.updates.pack()
             training["position"] = asdict(self.position)
+            training["mixes"] = self._describe_mixes()
             tensors |= state
             states = {"cpu": torch.get_rng_state()}
             if self.device.type == "cuda":
@@ -374,6 +381,7 @@ class Training:
             )
         if checkpoint.training is None:
             raise CheckpointError(f"{where}: holds weights only; resume from last.safetensors")
+        self._require_same_mixes(checkpoint.training, where)
         training, tensors = checkpoint.training, checkpoint.tensors
         load_weights(self.model, take(tensors, "model."), where)
         self.updates.unpack(training, tensors, where)
@@ -386,6 +394,28 @@ class Training:
             self._seed_rank(1 + self.position.epoch)
         if self.device.type == "cuda" and f"random.cuda.{rank}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random.cuda.{rank}"], self.device)
+
+    def _describe_mixes(self) -> dict[str, Any] | None:
+        if self.mixes is None:
+            return None
+        config = self.mixes.config.to_json()
+        return {"fingerprint": fingerprint(config), "num_epochs": self.mixes.num_epochs}
+
+    def _require_same_mixes(self, training: dict[str, Any], where: str) -> None:
+        """Refuse mixes that are not those of the epochs so far; more of them may have come."""
+        stored, found = training.get("mixes"), self._describe_mixes()
+        if stored == found:
+            return
+        if stored is None or found is None or stored["fingerprint"] != found["fingerprint"]:
+            raise CheckpointError(f"{where}: trained with other mixes; resume with the same")
+        fewest = min(stored["num_epochs"], found["num_epochs"])
+        position = training["position"]
+        if position["epoch"] + (position["batch"] > 0) > fewest:
+            raise CheckpointError(
+                f"{where}: trained in epoch {position['epoch'] + 1} with {stored['num_epochs']} "
+                f"epochs of mixes, {self.mixes and self.mixes.folder} has {found['num_epochs']}: "
+                "resume with as many"
+            )
 
 
 def _add(sums: dict[str, float], values: dict[str, float], weight: int) -> None:

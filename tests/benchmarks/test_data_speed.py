@@ -15,10 +15,19 @@ import pytest
 import soundfile
 import torch
 
-from flsep.cache import Layout, ShardFile, Shards, ShardWriter, TrackPlan, build_index, write_index
+from flsep.cache import (
+    Grid,
+    Layout,
+    ShardFile,
+    Shards,
+    ShardWriter,
+    TrackPlan,
+    build_index,
+    write_index,
+)
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data import Reader, load_batches
-from flsep.trainer.excerpts import Grid, RandomExcerpts
+from flsep.trainer.excerpts import draw_excerpts
 from flsep.trainer.memory import keep_freed_memory
 from flsep.trainer.residency import Resident, wanted_signals
 
@@ -93,7 +102,7 @@ class Reading:
         self.num_excerpts = batch_size * num_batches
         grid = Grid(LAYOUT, EXCERPT_SECONDS)
         tracks = shards.tracks("train")
-        self.excerpts = RandomExcerpts(
+        self.excerpts = draw_excerpts(
             grid, tracks, DataConfig(excerpts_per_track=self.num_excerpts), 0
         )
         self.reader = Reader(shards, grid, "mixture")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flsep.cache import Index, Layout, Shards, Statistics, TrackRecord, write_index
+from flsep.cache import Grid, Index, Layout, Shards, Statistics, TrackRecord, write_index
 from flsep.cache.format import track_datasets
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data import Reader
-from flsep.trainer.excerpts import ConsecutiveExcerpts, Grid, RandomExcerpts
+from flsep.trainer.excerpts import ConsecutiveExcerpts, draw_excerpts
 
 LAYOUT = Layout(
     sample_rate_hz=44100,
@@ -93,7 +93,7 @@ def start(folder: Path) -> dict[str, float]:
     train, _ = grid.split_by_length(shards, "train")
     valid, _ = grid.split_by_length(shards, "valid")
     Reader(shards, grid, "mixture")
-    trained = RandomExcerpts(grid, train, DataConfig(), 0)
+    trained = draw_excerpts(grid, train, DataConfig(), 0)
     validated = ConsecutiveExcerpts(grid, valid)
     trained.draw(0, len(trained) - 1)
     validated.draw(0, len(validated) - 1)

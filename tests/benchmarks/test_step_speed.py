@@ -15,12 +15,21 @@ import torch
 from plain_xumx import PlainXUMX, plain_step
 from torch.utils.flop_counter import FlopCounterMode
 
-from flsep.cache import Layout, ShardFile, Shards, ShardWriter, TrackPlan, build_index, write_index
+from flsep.cache import (
+    Grid,
+    Layout,
+    ShardFile,
+    Shards,
+    ShardWriter,
+    TrackPlan,
+    build_index,
+    write_index,
+)
 from flsep.trainer.batches import Batch
 from flsep.trainer.clock import WaitClock
 from flsep.trainer.config import DataConfig, TrainConfig, apply_settings
 from flsep.trainer.data import Reader, load_batches
-from flsep.trainer.excerpts import Grid, RandomExcerpts
+from flsep.trainer.excerpts import draw_excerpts
 from flsep.trainer.memory import keep_freed_memory
 from flsep.trainer.model import InformedSeparator, build_model
 from flsep.trainer.objective import Objective
@@ -249,7 +258,7 @@ def test_wait(full_size: bool, tmp_path: Path, print_table: Callable[..., None])
     shards = write_noise(tmp_path / "shards", layout, 60 if full_size else 2)
     grid = Grid(layout, config.data.excerpt_seconds)
     data = DataConfig(excerpts_per_track=excerpts)
-    drawn = RandomExcerpts(grid, shards.tracks("train"), data, 0)
+    drawn = draw_excerpts(grid, shards.tracks("train"), data, 0)
     keep_freed_memory()
     step = Step(config, layout, device)
     rows = []

@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_mixes import make_mixes
 
-from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, build_index, write_index
+from flsep.cache import (
+    Layout,
+    ShardFile,
+    Shards,
+    ShardWriter,
+    TrackPlan,
+    build_index,
+    write_index,
+)
 from flsep.trainer.config import TrainConfig, apply_settings
 
 RATE_HZ = 8000
@@ -145,6 +154,14 @@ def shards(
 ) -> Path:
     """A folder of shards that no test changes."""
     return write_shards(tmp_path_factory.mktemp("data") / "shards", layout, tracks)
+
+
+@pytest.fixture(scope="session")
+def mixes(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of mixes of these shards, the stems heard too."""
+    folder = tmp_path_factory.mktemp("mixes") / "mixes"
+    make_mixes(folder, Shards(shards), with_stems=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -363,7 +363,7 @@ def test_windows_move_together():
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 
-@pytest.mark.parametrize("mixing", ["original", "random"])
+@pytest.mark.parametrize("mixing", ["original", "random", "rendered"])
 @pytest.mark.parametrize("signal", ["mixture", "stems"])
 @pytest.mark.parametrize("name", ["none", "concat", "contrastive", "distance"])
 def test_possible_combinations(name, mixing, signal):
@@ -384,8 +384,8 @@ def test_possible_combinations(name, mixing, signal):
     [
         (("concat", "original", "stems"), "concat needs the mixture's embedding.*use --teacher-s"),
         (("concat", "random", "stems"), "mixture with --mixing original"),
-        (("concat", "random", "mixture"), "no precomputed embedding; use --mixing original$"),
-        (("distance", "random", "mixture"), "--mixing original, or --teacher-signal stems"),
+        (("concat", "random", "mixture"), "use --mixing original, --mixing rendered .* made$"),
+        (("distance", "random", "mixture"), "rendered .* made, or --teacher-signal stems"),
         (("contrastive", "random", "mixture"), "contrastive with.*or --teacher-signal stems"),
         (("triplet", "original", "stems"), "unknown approach 'triplet': expected one of none, con"),
         (("none", "shuffled", "stems"), "unknown mixing 'shuffled': expected one of original, ra"),

@@ -35,8 +35,8 @@ def tiny_settings(tiny: Callable[..., Any]) -> list[str]:
 
 
 @pytest.fixture
-def command(shards: Path, tmp_path: Path, tiny_settings: list[str]) -> Run:
-    """Run flsep-train; in arguments, SHARDS is the tiny shards, TINY a tiny training."""
+def command(shards: Path, mixes: Path, tmp_path: Path, tiny_settings: list[str]) -> Run:
+    """Run flsep-train; in arguments, SHARDS and MIXES are tiny ones, TINY a tiny training."""
 
     def run(line: str) -> Result:
         arguments: list[str] = []
@@ -44,7 +44,8 @@ def command(shards: Path, tmp_path: Path, tiny_settings: list[str]) -> Run:
             if word == "TINY":
                 arguments += tiny_settings
             else:
-                arguments.append(word.replace("SHARDS", str(shards)).replace("TMP", str(tmp_path)))
+                word = word.replace("SHARDS", str(shards)).replace("MIXES", str(mixes))
+                arguments.append(word.replace("TMP", str(tmp_path)))
         return CliRunner().invoke(main, arguments)
 
     return run
@@ -109,6 +110,8 @@ def test_every_combination_trains_or_says_why_not(
     result = command(
         f"fit SHARDS --run TMP/run TINY --set fit.epochs=1 --approach {approach} "
         f"--mixing {mixing} --teacher-signal {signal_name} --weight 0.5 --temperature 0.2"
+        + " --mixes MIXES"
+        * (mixing == "rendered")
     )
     reason = None
     if approach == "concat" and signal_name == "stems":

@@ -55,7 +55,7 @@ def test_settings_of_one_section_are_checked_together() -> None:
         ("fit.seed=-1", "fit.seed is -1"),
         ("loss.combine=maybe", "'maybe' is not true or false"),
         ("optim.learning_rate=nan", "optim.learning_rate is nan; expected a finite number"),
-        ("data.mixing=rendered", "data.mixing is 'rendered'; expected one of original, random"),
+        ("data.mixing=mixed", "data.mixing is 'mixed'; expected one of original, random, rendered"),
         ("data.min_gain=2", r"data.min_gain is 2.0; expected in \[0, max_gain\]"),
         ("separator.hidden_size=7", "separator.hidden_size is 7; expected even"),
         ("separator.num_layers=1", "separator.dropout is 0.4; expected 0 with one layer"),

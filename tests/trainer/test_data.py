@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from flsep.cache import DamagedDataError, Layout, Shards, Statistics
+from flsep.cache import DamagedDataError, Draw, Grid, Layout, Shards, Statistics
 from flsep.trainer import data
 from flsep.trainer.approaches import TeacherWindows
 from flsep.trainer.batches import Batch, allocate_together, assemble
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data import Reader, Standard, load_batches
-from flsep.trainer.excerpts import (
-    ConsecutiveExcerpts,
-    DataError,
-    Draw,
-    Grid,
-    Part,
-    RandomExcerpts,
-    held_windows,
-)
+from flsep.trainer.excerpts import ConsecutiveExcerpts, DataError, Part, draw_excerpts, held_windows
 
 CPU = torch.device("cpu")
 
@@ -39,7 +31,7 @@ def epoch_of(
         reader = Reader(opened, grid, None if signal == "None" else signal)
         config = DataConfig(mixing=mixing, excerpts_per_track=4)
         tracks, _ = grid.split_by_length(opened, "train")
-        excerpts = RandomExcerpts(grid, tracks, config, 3)
+        excerpts = draw_excerpts(grid, tracks, config, 3)
         return list(load_batches(reader, excerpts, epoch=1, batch_size=5, **options))
 
     return load

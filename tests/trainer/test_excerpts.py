@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flsep.cache import Layout, Shards, TrackRecord
+from flsep.cache import Grid, Layout, MissingDataError, Shards, TrackRecord
 from flsep.trainer.config import DataConfig
 from flsep.trainer.excerpts import (
     BatchesOfRank,
     ConsecutiveExcerpts,
-    DataError,
-    Grid,
     Part,
-    RandomExcerpts,
+    draw_excerpts,
     held_windows,
     smallest_batch,
 )
@@ -144,10 +142,11 @@ def test_split_by_length(new_shards: Callable[..., Path], tmp_path: Path, layout
     assert [t.name for t in long_enough] == ["long"]
     assert [t.name for t in short] == ["short"]
     with pytest.raises(
-        DataError, match=r"'valid' can hold an excerpt of 0.7 s; the longest, 'v', has 0.65 s"
+        MissingDataError,
+        match=r"'valid' can hold an excerpt of 0.7 s; the longest, 'v', has 0.65 s",
     ):
         grid.split_by_length(shards, "valid")
-    with pytest.raises(DataError, match="no track in the split 'test'"):
+    with pytest.raises(MissingDataError, match="no track in the split 'test'"):
         grid.split_by_length(shards, "test")
 
 
@@ -164,7 +163,7 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone(
     grid = Grid(layout, 0.7)
 
     def draws(seed: int, epoch: int, order: list[int]) -> dict[int, object]:
-        excerpts = RandomExcerpts(grid, records, config, seed)
+        excerpts = draw_excerpts(grid, records, config, seed)
         return {index: excerpts.draw(epoch, index) for index in order}
 
     first = draws(0, 0, list(range(16)))
@@ -176,7 +175,7 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone(
 def test_original_excerpts_take_every_track_equally(
     layout: Layout, records: list[TrackRecord]
 ) -> None:
-    excerpts = RandomExcerpts(Grid(layout, 0.7), records, DataConfig(excerpts_per_track=50), 0)
+    excerpts = draw_excerpts(Grid(layout, 0.7), records, DataConfig(excerpts_per_track=50), 0)
     drawn = [excerpts.draw(3, index) for index in range(len(excerpts))]
     assert Counter(d.places[0][0].name for d in drawn) == {"a": 50, "b": 50}
     names = [d.places[0][0].name for d in drawn]
@@ -190,7 +189,7 @@ def test_random_excerpts_draw_every_source_apart(
     layout: Layout, records: list[TrackRecord]
 ) -> None:
     config = DataConfig(mixing="random", excerpts_per_track=100)
-    excerpts = RandomExcerpts(Grid(layout, 0.7), records, config, 0)
+    excerpts = draw_excerpts(Grid(layout, 0.7), records, config, 0)
     drawn = [excerpts.draw(0, index) for index in range(len(excerpts))]
     gains = np.array([d.gains for d in drawn])
     assert gains.shape == (200, 3)

@@ -1,6 +1,5 @@
-from flsep.cache import Layout
+from flsep.cache import Grid, Layout
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.excerpts import Grid
 from flsep.trainer.model import build_model
 from flsep.trainer.recipes import RECIPES, demo, xumx
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from flsep.cache import DamagedDataError, Layout, Shards
+from flsep.cache import DamagedDataError, Grid, Layout, Shards
 from flsep.trainer import data, residency
 from flsep.trainer.batches import Batch, allocate_together
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data import Reader, load_batches
-from flsep.trainer.excerpts import ConsecutiveExcerpts, DataError, Grid, RandomExcerpts
+from flsep.trainer.excerpts import ConsecutiveExcerpts, DataError, draw_excerpts
 from flsep.trainer.residency import Resident, free_host_bytes, require_room, wanted_signals
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_resident_batches_are_those_of_the_shards(
     config = DataConfig(mixing=mixing, excerpts_per_track=4)  # type: ignore[arg-type]
     trained, _ = grid.split_by_length(opened, "train")
     for excerpts in (
-        RandomExcerpts(grid, trained, config, 3),
+        draw_excerpts(grid, trained, config, 3),
         ConsecutiveExcerpts(grid, opened.tracks("valid")),
     ):
         options: dict[str, Any] = {"epoch": 1, "batch_size": 3, "num_workers": num_workers}

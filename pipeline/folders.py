@@ -1,0 +1,91 @@
+"""An output folder: one run at a time, one configuration for good."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flsep.cache import MismatchError, write_json
+from flsep.cache.format import fingerprint
+
+CONFIG_NAME = "config.json"
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Let one run, or any number of parts, write into a folder; the lock ends with the process.
+
+    It counts on `flock` reaching all machines that see the folder, as it does on a local disk, on
+    NFS, on GPFS, and on Lustre that is mounted with ``flock``. Where it does not, two runs do each
+    other's work and cannot spoil it: they write under names of their own, then rename.
+
+    Raises
+    ------
+    MismatchError
+        If somebody else writes into it, or the file system has no locks.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MismatchError(
+                f"{folder}: another run is writing into it; wait for it, or use another folder"
+            ) from error
+        except OSError as error:
+            raise MismatchError(
+                f"{folder}: its file system cannot lock files ({error.strerror}); mount it with "
+                "locks, or use another folder"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration into a new folder; refuse a folder of another configuration.
+
+    Parameters
+    ----------
+    folder : Path
+        It exists.
+    config : dict
+        JSON values that decide what the files of the folder hold.
+
+    Raises
+    ------
+    MismatchError
+        If the folder holds files of another configuration, or of who knows which.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        if any(folder.glob("*.h5")):
+            raise MismatchError(
+                f"{folder}: holds *.h5 files but no {CONFIG_NAME}; expected an empty folder or "
+                "one that an earlier run made"
+            )
+        write_json(path, {"config": config, "fingerprint": fingerprint(config)})
+        return
+    try:
+        stored = json.loads(path.read_bytes())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MismatchError(
+            f"{path}: not readable ({error}); delete the folder and run again"
+        ) from error
+    if stored != config:
+        changes = "; ".join(dict.fromkeys(_list_changes(stored, config)))
+        raise MismatchError(
+            f"{folder}: holds files of another configuration ({changes}); "
+            "give each configuration its own folder"
+        )
+
+
+def _list_changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _list_changes(old.get(key), new.get(key), key)
+    elif old != new:
+        yield f"{name} was {old}, now {new}"
