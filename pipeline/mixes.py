@@ -18,7 +18,6 @@ from flsep.cache import (
     CacheError,
     Draw,
     Grid,
-    Layout,
     MixesConfig,
     MixesFile,
     RandomMixes,
@@ -381,8 +380,8 @@ def render(
         Mono; which channel is which does not matter to it.
     """
     layout, info = shards.layout, teacher.info
-    num_bins = _heard_bins(layout, info.sample_rate_hz)
-    spectra = np.zeros((num_signals, grid.num_frames, num_bins, 2), np.float32)
+    spectra = np.zeros((num_signals, grid.num_frames, layout.num_bins, 2), np.float32)
+    heard = _heard_parts(grid, info.sample_rate_hz)
     assert draw.gains is not None
     with seconds.measure("mix"):
         for source, ((track, window), gain) in enumerate(
@@ -392,10 +391,11 @@ def render(
             stored = shards.read(track, "stft", source)[first : first + grid.num_frames]
             factor = np.float32(gain / layout.num_channels)
             for channel in range(layout.num_channels):
-                part = stored[:, channel, :num_bins] * factor
-                spectra[0] += part
-                if num_signals > 1:
-                    spectra[source] += part
+                for frames, bins in heard:
+                    part = stored[frames, channel, bins] * factor
+                    spectra[0, frames, bins] += part
+                    if num_signals > 1:
+                        spectra[source, frames, bins] += part
     with seconds.measure("invert"):
         num_samples = _heard_samples(grid, info)
         waveforms = np.empty((num_signals, num_samples), np.float32)
@@ -411,10 +411,19 @@ def render(
     return waveforms
 
 
-def _heard_bins(layout: Layout, rate_hz: int) -> int:
-    """Bins of a spectrum that a teacher at some rate can hear: resampling removes the others."""
+def _heard_parts(grid: Grid, rate_hz: int) -> list[tuple[slice, slice]]:
+    """Return the frames and bins of a spectrum that a teacher at some rate can hear.
+
+    Resampling removes what is above its highest frequency. But where the excerpt is cut out, the
+    edge of all frequencies together is heard: there all bins count.
+    """
+    layout, num_frames = grid.layout, grid.num_frames
     highest = rate_hz / 2 * layout.n_fft / layout.sample_rate_hz
-    return min(layout.num_bins, int(highest) + 1 + _SPARE_BINS)
+    bins = slice(min(layout.num_bins, int(highest) + 1 + _SPARE_BINS))
+    edge = min(-(-layout.n_fft // layout.hop_samples), num_frames // 2)
+    inside = slice(edge, num_frames - edge)
+    ends = (slice(edge), slice(num_frames - edge, num_frames))
+    return [(inside, bins), *((frames, slice(None)) for frames in ends)]
 
 
 @lru_cache(maxsize=1)
