@@ -60,9 +60,11 @@ demo: setup $(DEMO)/teacher/saved_model.pb
 	$(BIN)/flsep-precompute demo-corpus $(DEMO)/corpus --tracks 10 --seconds 16 --seed $(SEED)
 	$(BIN)/flsep-precompute run $(DEMO)/corpus $(DEMO)/shards --teacher $(DEMO)/teacher \
 	  --shard-size 128M
+	$(BIN)/flsep-precompute mixes $(DEMO)/shards $(DEMO)/mixes --seed $(SEED) --epochs 7 \
+	  --seconds 6.1 --excerpts-per-track 2
 	@set -ex; for approach in $(APPROACHES); do \
 	  $(BIN)/flsep-train fit $(DEMO)/shards --run $(DEMO)/runs/$$approach --recipe demo \
-	    --approach $$approach --seed $(SEED) --resume; \
+	    --mixing rendered --mixes $(DEMO)/mixes --approach $$approach --seed $(SEED) --resume; \
 	done
 	$(BIN)/flsep-train evaluate $(RUNS) $(DEMO)/shards --floor $(DEMO)/floor
 	$(BIN)/flsep-train compare $(RUNS) --floor $(DEMO)/floor --out $(DEMO)/comparison

@@ -10,15 +10,9 @@ from flsep.cache.errors import (
 from flsep.cache.excerpts import Draw, Grid, Heard, RandomMixes
 from flsep.cache.format import MIXTURE, SILENCE_DB, SPLITS, Layout
 from flsep.cache.index import Index, Statistics, TrackRecord, build_index, read_index, write_index
-from flsep.cache.mixes import (
-    Mixes,
-    MixesConfig,
-    MixesFile,
-    RenderedMixes,
-    write_mixes,
-    write_mixes_index,
-)
+from flsep.cache.mixes import MixesConfig, MixesFile, write_mixes
 from flsep.cache.reader import ShardFile, Shards
+from flsep.cache.rendered import Mixes, RenderedMixes, write_mixes_index
 from flsep.cache.verify import ShardVerdict, verify_mixes, verify_shard, verify_shards
 from flsep.cache.writer import ShardWriter, TrackPlan, remove_leftovers, sync_folder, write_json
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from flsep.cache import CacheError, Mixes, ShardFile, read_index, verify_mixes, verify_shards
-from flsep.cache.mixes import INDEX_NAME as MIXES_INDEX_NAME
+from flsep.cache.rendered import INDEX_NAME as MIXES_INDEX_NAME
 from flsep.pipeline.mixes_cli import describe_mixes, mixes_command
 from flsep.pipeline.options import corpus_options, make_plan
 from flsep.pipeline.reporting import (

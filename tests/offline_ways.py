@@ -7,6 +7,7 @@ standard input, works, and prints a JSON object.
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -88,15 +89,7 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
     )
     (task,) = plan_shards(found, config, shard_bytes=1 << 40).tasks
     teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
-    num_samples = (_BATCH_WINDOWS - 1) * info.hop_samples + info.window_samples
-    noise = 0.1 * np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)
-
-    def large_batch() -> float:
-        start = time.perf_counter()
-        teacher(noise)
-        return _BATCH_WINDOWS / (time.perf_counter() - start)
-
-    teacher(noise[: 4 * info.window_samples])
+    large_batch = _time_large_batches(teacher)
     _wait()
     rates = [large_batch()]
     start = time.perf_counter(), time.process_time()
@@ -108,7 +101,6 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
         raise RuntimeError(report.rejected)
     with open(f"/proc/{os.getpid()}/status", encoding="ascii") as file:
         status = dict(line.split(":", 1) for line in file)
-    num_samples = task.tracks[0].num_samples
     window_seconds = info.hop_samples / info.sample_rate_hz
     num_windows = (1 + len(found.sources)) * int(report.audio_seconds / window_seconds)
     return {
@@ -121,6 +113,71 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
         "peak_bytes": int(status["VmHWM"].split()[0]) << 10,
         "shard_bytes": (out / task.name).stat().st_size,
     }
+
+
+def mixes(shards: Path, teacher_folder: Path, out: Path, excerpts_per_track: str) -> dict[str, Any]:
+    """Render an epoch of mixes, as a worker does: the teacher has one thread."""
+    from flsep.cache import Shards
+    from flsep.pipeline.mixes import MixesSettings, make_config, plan_mixes, render_mixes
+    from flsep.pipeline.stopwatch import Stopwatch
+    from flsep.pipeline.teacher import Teacher, load_once
+
+    info = Teacher.load(teacher_folder, num_threads=1).info
+    config = make_config(
+        Shards(shards),
+        info,
+        split="train",
+        seed=0,
+        excerpt_seconds=6.0,
+        excerpts_per_track=int(excerpts_per_track),
+        min_gain=0.25,
+        max_gain=1.25,
+        swap_probability=0.5,
+        with_stems=False,
+        embedding_dtype="float32",
+    )
+    settings = MixesSettings(
+        folder=out,
+        shards=shards,
+        config=config,
+        teacher=info,
+        teacher_folder=teacher_folder,
+        num_threads=1,
+        verify=False,
+    )
+    large_batch = _time_large_batches(load_once(teacher_folder, info, 1))
+    _wait()
+    rates = [large_batch()]
+    seconds, start = Stopwatch(), time.perf_counter()
+    for task in plan_mixes(config, 1):
+        seconds.add(render_mixes(task, settings).seconds)
+    wall_seconds = time.perf_counter() - start
+    rates.append(large_batch())
+    num_windows = config.num_mixes * config.num_windows
+    return {
+        "seconds": {part: seconds[part] for part in ("mix", "invert", "teacher", "write")},
+        "wall_seconds": wall_seconds,
+        "num_mixes": config.num_mixes,
+        "num_windows": config.num_windows,
+        "windows_per_second": num_windows / wall_seconds,
+        "large_batch_windows_per_second": float(np.mean(rates)),
+        "mix_bytes": sum(path.stat().st_size for path in out.glob("*.h5")) / config.num_mixes,
+    }
+
+
+def _time_large_batches(teacher: Any) -> Callable[[], float]:
+    """Return what measures the windows a second of a teacher that is asked in large batches."""
+    info = teacher.info
+    num_samples = (_BATCH_WINDOWS - 1) * info.hop_samples + info.window_samples
+    noise = 0.1 * np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)
+    teacher(noise[: 4 * info.window_samples])
+
+    def measure() -> float:
+        start = time.perf_counter()
+        teacher(noise)
+        return _BATCH_WINDOWS / (time.perf_counter() - start)
+
+    return measure
 
 
 def spin(seconds: str) -> dict[str, Any]:
@@ -147,10 +204,35 @@ def copy(source: Path, out: Path) -> dict[str, Any]:
     return {"bytes_per_second": len(data) / copied}
 
 
+def run_together(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
+    """Run ways, each a name and its arguments, in processes that begin at the same time."""
+    program = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen(
+            [*program, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = []
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0
+        results.append(json.loads(output))
+    return results
+
+
 if __name__ == "__main__":
     ways: dict[str, Callable[..., dict[str, Any]]] = {
         "plain": plain,
         "flsep": flsep,
+        "mixes": mixes,
         "spin": spin,
         "copy": copy,
     }

@@ -112,6 +112,9 @@ def describe_training(training: Training) -> Iterator[str]:
     yield (
         f"separator  X-UMX for {', '.join(layout.sources)}; {num_parameters / 1e6:.2f} M parameters"
     )
+    num_windows = splits.grid.num_whole_windows
+    if training.mixes is not None and approach.teacher_signal == "mixture":
+        num_windows = training.mixes.config.num_windows
     if approach.name == "none":
         yield "approach   none: plain X-UMX"
     else:
@@ -119,7 +122,7 @@ def describe_training(training: Training) -> Iterator[str]:
         yield f"approach   {approach.name} with the {approach.teacher_signal}'s embeddings{weight}"
         yield (
             f"teacher    {layout.teacher}: {layout.embedding_size} features, windows of "
-            f"{layout.window_seconds:g} s, {splits.grid.num_whole_windows} whole ones in an excerpt"
+            f"{layout.window_seconds:g} s, {num_windows} whole ones in an excerpt"
         )
     ranks = training.part.num_ranks
     yield (

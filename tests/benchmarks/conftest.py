@@ -107,3 +107,12 @@ def bench_vggish(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "vggish"
     export._export(import_tensorflow(), folder, variables, {"__call__": vggish.embed})
     return folder
+
+
+@pytest.fixture(params=["vggish", "musicnn"])
+def teacher(request: pytest.FixtureRequest, full_size: bool) -> Path:
+    if not full_size and request.param == "vggish":
+        pytest.skip("at full size only; the small run has one small teacher")
+    name = "bench_vggish" if request.param == "vggish" else "bench_teacher"
+    folder: Path = request.getfixturevalue(name)
+    return folder

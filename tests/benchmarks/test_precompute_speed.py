@@ -1,10 +1,7 @@
 """The offline stage on the real track: against a plain script, its parts, and its limits."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -12,37 +9,13 @@ from typing import Any
 
 import av
 import numpy as np
-import offline_ways
 import pytest
 import soundfile
+from offline_ways import run_together
 
 from flsep.pipeline.memory import WORKER_BYTES
 
 PARTS = ("decode", "stft", "teacher", "write")
-
-
-def run_together(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
-    """Run ways of `offline_ways` in processes that begin at the same time."""
-    program = [sys.executable, str(offline_ways.__file__)]
-    processes = [
-        subprocess.Popen(
-            [*program, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for command in commands
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = []
-    for process in processes:
-        output, _ = process.communicate()
-        assert process.returncode == 0
-        results.append(json.loads(output))
-    return results
 
 
 def repeat_packets(source: Path, target: Path, times: int) -> None:
@@ -76,15 +49,6 @@ def corpora(tmp_path: Path, example_track: Path, full_size: bool) -> list[Path]:
         (folder / "train" / track.name).symlink_to(track)
         (folder / "out").mkdir()
     return folders
-
-
-@pytest.fixture(params=["vggish", "musicnn"])
-def teacher(request: pytest.FixtureRequest, full_size: bool) -> Path:
-    if not full_size and request.param == "vggish":
-        pytest.skip("at full size only; the small run has one small teacher")
-    name = "bench_vggish" if request.param == "vggish" else "bench_teacher"
-    folder: Path = request.getfixturevalue(name)
-    return folder
 
 
 @pytest.mark.usefixtures("ffmpeg_on_path")

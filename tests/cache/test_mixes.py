@@ -24,6 +24,7 @@ from flsep.cache import (
     Shards,
     build_index,
     mixes,
+    rendered,
     verify_mixes,
     write_index,
     write_mixes,
@@ -57,7 +58,8 @@ def make(shards: Shards, tmp_path: Path) -> Callable[..., Path]:
 def test_round_trip(
     make: Callable[..., Path], shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixes, "MIXES_PER_FILE", 4)
+    for module in (mixes, rendered):
+        monkeypatch.setattr(module, "MIXES_PER_FILE", 4)
     folder = make(with_stems=True, num_windows=5)
     names = [f"epoch-00000{e}-000000{first}.h5" for e in (0, 1) for first in (0, 4)]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "mixes.json"]
@@ -177,7 +179,9 @@ def test_recipes_that_no_shard_can_follow(make: Callable[..., Path], shards: Sha
         content = json.loads((folder / "mixes.json").read_text())
         del content["sha256"]
         content["files"][name]["sha256"] = MixesFile.read(folder / name).sha256
-        mixes.write_json(folder / "mixes.json", {**content, "sha256": mixes.fingerprint(content)})
+        rendered.write_json(
+            folder / "mixes.json", {**content, "sha256": rendered.fingerprint(content)}
+        )
         with pytest.raises(DamagedDataError, match="where no excerpt starts"):
             Mixes(folder).of(shards).draw(0, 0)
 
@@ -202,7 +206,7 @@ def test_altered_indexes_are_refused(
     with pytest.raises(CacheError, match=r"altered|version 2|format"):
         Mixes(path.parent)
     del content["sha256"]
-    path.write_text(json.dumps({**content, "sha256": mixes.fingerprint(content)}))
+    path.write_text(json.dumps({**content, "sha256": rendered.fingerprint(content)}))
     with pytest.raises(error, match=message):
         Mixes(path.parent)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import librosa
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import soxr
@@ -30,6 +31,8 @@ from flsep.trainer.excerpts import draw_excerpts
 RATE_HZ = 32000
 OPTIONS = ["--sample-rate", str(RATE_HZ), "--n-fft", "1024", "--hop", "256", "--sources", "a,b"]
 SMALL = ["--epochs", "2", "--seconds", "0.55", "--excerpts-per-track", "5", "--workers", "0"]
+
+PROGRAM = "from flsep.pipeline.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -325,9 +328,8 @@ def test_a_killed_run_loses_one_file(
 ) -> None:
     out = tmp_path / "mixes"
     options = [*SMALL, "--epochs", "400"]
-    code = "from flsep.pipeline.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "mixes", str(shards), str(out), *options],
+        [sys.executable, "-c", PROGRAM, "mixes", str(shards), str(out), *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -361,3 +363,40 @@ def test_inverse_is_librosas() -> None:
         found = inverse_stft(np.ascontiguousarray(spectrum.T), n_fft=n_fft, hop=hop)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         np.testing.assert_allclose(found, waveform[:num_samples], atol=1e-5)
+
+
+@pytest.mark.heavy
+def test_a_killed_worker_costs_its_file_only(
+    shards: Path, tmp_path: Path, render: Callable[..., Result]
+) -> None:
+    options = [*SMALL, "--excerpts-per-track", "60", "--epochs", "8", "--workers"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            "mixes",
+            str(shards),
+            str(tmp_path / "a"),
+            *SMALL,
+            *options,
+            "2",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list((tmp_path / "a").glob("epoch-*.h5")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    workers[0].kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "rendered 1440 mixes" in output
+    assert render(tmp_path / "b", *options, "1").exit_code == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

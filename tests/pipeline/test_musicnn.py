@@ -67,3 +67,11 @@ def test_groups_of_patches_change_nothing(musicnn):
 def test_another_teacher_has_no_tags(tiny_teacher):
     with pytest.raises(TeacherError, match="has no tags"):
         musicnn_tags(tiny_teacher, np.zeros(1600, np.float32))
+
+
+def test_several_waveforms_at_once(musicnn):
+    waveforms = np.random.default_rng(0).uniform(-0.5, 0.5, (3, 48128 + 47872)).astype(np.float32)
+    alone = np.stack([musicnn(waveform) for waveform in waveforms])
+    found = musicnn.embed_each(waveforms)
+    assert found.shape == (3, 2, 256)
+    assert np.abs(found - alone).max() < 1e-5 * np.abs(alone).max()

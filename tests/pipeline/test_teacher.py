@@ -236,3 +236,29 @@ def test_tensorflow_is_imported_when_needed_only():
     modules = "flsep.pipeline.teacher, flsep.pipeline.export, sys"
     code = f"import {modules}; sys.exit('tensorflow' in sys.modules or 'librosa' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_waveforms_of_a_teacher_that_takes_one(tiny):
+    waveforms = np.random.default_rng(0).uniform(-0.5, 0.5, (3, 4000)).astype(np.float32)
+    found = tiny.embed_each(waveforms)
+    assert found.shape == (3, 2, 8)
+    assert np.array_equal(found, np.stack([tiny(waveform) for waveform in waveforms]))
+    with pytest.raises(ValueError, match="expected at least one window"):
+        tiny.embed_each(waveforms[:, :100])
+
+
+def test_a_function_for_several_waveforms_must_agree(tmp_path):
+    tf = import_tensorflow()
+    module = tf.Module()
+
+    def embed(waveform):
+        return tf.signal.frame(waveform, 800, 800)[:, :4]
+
+    module.__call__ = tf.function(embed, input_signature=[tf.TensorSpec([None], tf.float32)])
+    module.each = tf.function(
+        lambda waveforms: 2 * tf.reshape(tf.signal.frame(waveforms, 800, 800)[..., :4], [-1, 4]),
+        input_signature=[tf.TensorSpec([None, None], tf.float32)],
+    )
+    tf.saved_model.save(module, str(tmp_path / "teacher"))
+    with pytest.raises(TeacherError, match="its function 'each' gives other embeddings"):
+        Teacher.load(tmp_path / "teacher")

@@ -53,3 +53,13 @@ def test_random_weights_are_not_the_released_ones(vggish_teacher):
 )
 def test_released_weights_are_known_by_a_sine(mean, standard_deviation, is_released):
     assert SineCheck(mean, standard_deviation).is_released is is_released
+
+
+def test_several_waveforms_at_once(teacher):
+    waveforms = np.random.default_rng(0).uniform(-0.5, 0.5, (3, 2 * 15360 + 500)).astype(np.float32)
+    alone = np.stack([teacher(waveform) for waveform in waveforms])
+    for batch_windows in (2, 4, 128):
+        teacher.batch_windows = batch_windows
+        found = teacher.embed_each(waveforms)
+        assert found.shape == (3, 2, 128)
+        assert relative_error(found, alone) < 1e-5
