@@ -267,6 +267,37 @@ def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return result
 
 
+def widen(packed: NDArray[Any], factor: float, scratch: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Multiply packed numbers with a factor in float32: ``packed * np.float32(factor)``, faster.
+
+    NumPy converts a float16 at a time. Here its bits are moved to where float32 has them; what is
+    left is the distance of the exponents' biases, which goes into the factor.
+
+    Parameters
+    ----------
+    packed
+        float16 or float32 [...], finite.
+    factor
+        At most 2**15 in magnitude.
+    scratch
+        int32 [...], overwritten.
+
+    Returns
+    -------
+    product
+        float32 [...], in the memory of `scratch`.
+    """
+    product: NDArray[np.float32] = scratch.view(np.float32)
+    if packed.dtype != np.float16:
+        np.multiply(packed, np.float32(factor), out=product)
+        return product
+    np.copyto(scratch, packed.view(np.int16))  # the sign in all upper bits
+    scratch <<= 13
+    scratch &= ~0x70000000
+    product *= np.float32(factor) * np.float32(2.0**112)
+    return product
+
+
 class MonoStream:
     """Average the channels of a waveform that comes in blocks, and resample it with soxr (HQ).
 

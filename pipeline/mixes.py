@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flsep.cache import (
     CacheError,
-    Draw,
     Grid,
     MixesConfig,
     MixesFile,
@@ -29,15 +27,12 @@ from flsep.cache import (
 from flsep.cache.mixes import digest_tracks
 from flsep.pipeline.build import list_packages
 from flsep.pipeline.execute import Outcome, run_inline
-from flsep.pipeline.features import MonoStream, activity_db, inverse_stft
+from flsep.pipeline.features import activity_db
 from flsep.pipeline.folders import claim, locked
 from flsep.pipeline.plan import share_tasks
+from flsep.pipeline.render import Renderer, count_heard_samples
 from flsep.pipeline.stopwatch import Stopwatch
-from flsep.pipeline.teacher import Teacher, TeacherInfo, load_once
-
-Samples = NDArray[np.float32]
-# Beyond the teacher's highest frequency: where a window's main lobe has decayed.
-_SPARE_BINS = 16
+from flsep.pipeline.teacher import TeacherInfo, load_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +180,7 @@ def make_config(shards: Shards, teacher: TeacherInfo, **settings: Any) -> MixesC
             f"mixed, fewer than the {len(layout.sources)} sources of a mix; precompute more, or "
             "train with --mixing original"
         )
-    spare = _heard_samples(grid, teacher) - teacher.window_samples
+    spare = count_heard_samples(grid, teacher) - teacher.window_samples
     if spare < 0:
         raise ValueError(
             f"--seconds {settings['excerpt_seconds']:g}: an excerpt holds no window of the "
@@ -200,13 +195,6 @@ def make_config(shards: Shards, teacher: TeacherInfo, **settings: Any) -> MixesC
         embedding_size=teacher.dim,
         **settings,
     )
-
-
-def _heard_samples(grid: Grid, teacher: TeacherInfo) -> int:
-    """Length of an excerpt at the teacher's rate."""
-    layout = grid.layout
-    num_samples = (grid.num_frames - 1) * layout.hop_samples
-    return num_samples * teacher.sample_rate_hz // layout.sample_rate_hz
 
 
 def plan_mixes(config: MixesConfig, num_epochs: int) -> tuple[MixesTask, ...]:
@@ -333,6 +321,7 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
     }
     num_signals = arrays["activity"].shape[1]
     at_once = max(1, teacher.batch_windows // (num_signals * config.num_windows))
+    renderer = Renderer(shards, grid, teacher.info, num_signals, report.seconds)
     for first in range(0, len(task.indices), at_once):
         chosen = slice(first, first + at_once)
         group = [draws.draw(task.epoch, index) for index in task.indices[chosen]]
@@ -340,9 +329,7 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
         arrays["frame"][chosen] = [[grid.first_frame(k) for _, k in draw.places] for draw in group]
         arrays["gain"][chosen] = [draw.gains for draw in group]
         arrays["swap"][chosen] = [draw.swaps for draw in group]
-        waveforms = np.concatenate(
-            [render(draw, shards, grid, teacher, num_signals, report.seconds) for draw in group]
-        )
+        waveforms = np.concatenate([renderer.render(draw) for draw in group])
         with report.seconds.measure("teacher"):
             embeddings = teacher.embed_each(waveforms)
         window, hop = teacher.info.window_samples, teacher.info.hop_samples
@@ -352,78 +339,6 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
     with report.seconds.measure("write"):
         write_mixes(path, config, task.epoch, arrays, list_packages())
     return report
-
-
-def render(
-    draw: Draw, shards: Shards, grid: Grid, teacher: Teacher, num_signals: int, seconds: Stopwatch
-) -> Samples:
-    """Render a mix as the teacher is to hear it.
-
-    Parameters
-    ----------
-    draw : Draw
-        The recipe.
-    shards : Shards
-        Hold the sources' spectra.
-    grid : Grid
-        Length of an excerpt.
-    teacher : Teacher
-        Says at which rate.
-    num_signals : int
-        1 for the mixture; as many as sources more for each of them, scaled, too.
-    seconds : Stopwatch
-        Takes the time of ``mix`` and ``invert``.
-
-    Returns
-    -------
-    float32 [signal, sample]
-        Mono; which channel is which does not matter to it.
-    """
-    layout, info = shards.layout, teacher.info
-    spectra = np.zeros((num_signals, grid.num_frames, layout.num_bins, 2), np.float32)
-    heard = _heard_parts(grid, info.sample_rate_hz)
-    assert draw.gains is not None
-    with seconds.measure("mix"):
-        for source, ((track, window), gain) in enumerate(
-            zip(draw.places, draw.gains, strict=True), start=1
-        ):
-            first = grid.first_frame(window)
-            stored = shards.read(track, "stft", source)[first : first + grid.num_frames]
-            factor = np.float32(gain / layout.num_channels)
-            for channel in range(layout.num_channels):
-                for frames, bins in heard:
-                    part = stored[frames, channel, bins] * factor
-                    spectra[0, frames, bins] += part
-                    if num_signals > 1:
-                        spectra[source, frames, bins] += part
-    with seconds.measure("invert"):
-        num_samples = _heard_samples(grid, info)
-        waveforms = np.empty((num_signals, num_samples), np.float32)
-        for waveform, spectrum in zip(waveforms, spectra, strict=True):
-            mono = MonoStream(layout.sample_rate_hz, info.sample_rate_hz, num_samples)
-            start = mono.add(
-                inverse_stft(
-                    spectrum.view(np.complex64)[..., 0], n_fft=layout.n_fft, hop=layout.hop_samples
-                )[None]
-            )
-            waveform[: len(start)] = start
-            waveform[len(start) :] = mono.finish()
-    return waveforms
-
-
-def _heard_parts(grid: Grid, rate_hz: int) -> list[tuple[slice, slice]]:
-    """Return the frames and bins of a spectrum that a teacher at some rate can hear.
-
-    Resampling removes what is above its highest frequency. But where the excerpt is cut out, the
-    edge of all frequencies together is heard: there all bins count.
-    """
-    layout, num_frames = grid.layout, grid.num_frames
-    highest = rate_hz / 2 * layout.n_fft / layout.sample_rate_hz
-    bins = slice(min(layout.num_bins, int(highest) + 1 + _SPARE_BINS))
-    edge = min(-(-layout.n_fft // layout.hop_samples), num_frames // 2)
-    inside = slice(edge, num_frames - edge)
-    ends = (slice(edge), slice(num_frames - edge, num_frames))
-    return [(inside, bins), *((frames, slice(None)) for frames in ends)]
 
 
 @lru_cache(maxsize=1)

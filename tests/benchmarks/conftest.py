@@ -98,14 +98,16 @@ def bench_vggish(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return VGGish with random weights: what it costs does not depend on them."""
     from flsep.pipeline import export, vggish
     from flsep.pipeline.savedmodel import import_tensorflow
+    from flsep.pipeline.teacher import EACH
 
     rng = np.random.default_rng(0)
     variables = {
         name: (rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
         for name, shape in vggish.SHAPES.items()
     }
+    functions = {"__call__": vggish.embed, EACH: vggish.embed}
     folder = tmp_path_factory.mktemp("teacher") / "vggish"
-    export._export(import_tensorflow(), folder, variables, {"__call__": vggish.embed})
+    export._export(import_tensorflow(), folder, variables, functions)
     return folder
 
 

@@ -17,6 +17,7 @@ from flsep.pipeline.features import (
     Stft,
     activity_db,
     pack,
+    widen,
 )
 from flsep.pipeline.media import AudioStream, decode
 
@@ -341,3 +342,15 @@ def test_moments_give_open_unmix_statistics():
     variance = moments.total_squares / moments.count - mean**2
     np.testing.assert_allclose(mean, magnitude.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(np.sqrt(variance), magnitude.std(axis=0), rtol=1e-4)
+
+
+def test_widening_is_numpys_to_the_bit():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    packed = every[np.isfinite(every)].reshape(2, -1, 2)
+    for values in (packed, packed[:, ::3], packed.astype(np.float32)):
+        for factor in (0.25, 1.2499999, 0.3, 1e-3, 0.0, 3.0):
+            scratch = np.empty(values.shape, np.int32)
+            found = widen(values, factor, scratch)
+            assert np.shares_memory(found, scratch)
+            expected = values.astype(np.float32) * np.float32(factor)
+            assert np.array_equal(found, expected)
