@@ -31,6 +31,11 @@ INDEX_NAME = "mixes.json"
 _FILES_IN_MEMORY = 4
 
 
+def holds_mixes(folder: Path) -> bool:
+    """Say whether a folder holds mixes, with their index or without, and not shards."""
+    return (folder / INDEX_NAME).exists() or next(folder.glob("epoch-*.h5"), None) is not None
+
+
 def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> None:
     """Read all files of some epochs and write the index of them.
 

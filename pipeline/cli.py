@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from flsep.cache import CacheError, Mixes, ShardFile, read_index, verify_mixes, verify_shards
-from flsep.cache.rendered import INDEX_NAME as MIXES_INDEX_NAME
+from flsep.cache.rendered import holds_mixes
 from flsep.pipeline.mixes_cli import describe_mixes, mixes_command
 from flsep.pipeline.options import corpus_options, make_plan
 from flsep.pipeline.reporting import (
@@ -194,7 +194,7 @@ def verify_command(shards: Path, against: Path | None, teacher: str | None, **op
 
     if not against and (teacher or are_workers_chosen(options)):
         raise ValueError("--teacher and options of workers have no effect without --against")
-    if (shards / MIXES_INDEX_NAME).exists():
+    if holds_mixes(shards):
         if against:
             raise ValueError(f"--against: {shards} holds mixes; render them again to compare")
         mixes = Mixes(shards)
@@ -256,7 +256,7 @@ def inspect_command(shard: Path) -> None:
       flsep-precompute inspect shards/
       flsep-precompute inspect shards/train-0123456789abcdef.h5
     """
-    if (shard / MIXES_INDEX_NAME).exists():
+    if holds_mixes(shard):
         mixes = Mixes(shard)
         describe_mixes(mixes.config, mixes.num_epochs)
         click.echo(f"made by  {', '.join(f'{k} {v}' for k, v in mixes.packages.items())}")
@@ -409,7 +409,7 @@ def _explain(error: OSError) -> str:
     if error.errno == errno.ENOSPC or "No space left on device" in text:
         return (
             f"the disk is full ({error.filename or 'while writing a shard'}); "
-            "free some space and run again, finished shards are kept"
+            "free some space and run again, what is finished is kept"
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename}: not writable; choose another folder"
