@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from flsep.pipeline.savedmodel import import_tensorflow
+
+# A shell lets what it starts in the background ignore Ctrl-C, and what that starts in turn.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _package_folder(name: str) -> Path:
