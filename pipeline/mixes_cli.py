@@ -9,7 +9,7 @@ import click
 
 from flsep.cache import SPLITS, MixesConfig, Shards
 from flsep.cache.mixes import EMBEDDING_DTYPES
-from flsep.pipeline.reporting import show_bytes, show_hours
+from flsep.pipeline.reporting import describe_time, show_bytes, show_hours
 from flsep.pipeline.workers import (
     Pair,
     choose_workers,
@@ -204,10 +204,7 @@ def _describe_summary(summary: "MixesSummary", out: Path) -> None:
         f"rendered {summary.num_made + summary.num_kept} mixes in {out} ({summary.num_kept} were "
         f"there already) in {summary.wall_seconds:.1f} s: {speed:.1f} mixes a second"
     )
-    parts = {part: seconds for part, seconds in summary.seconds.items() if part != "load"}
-    if total := sum(parts.values()):
-        split = ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in sorted(parts.items()))
-        click.echo(f"time     {split}")
+    describe_time(summary.seconds)
     for problem in summary.renewed:
         click.echo(f"renewed  {problem}", err=True)
     for name, reason in summary.failed:

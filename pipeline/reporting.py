@@ -96,16 +96,21 @@ def describe_summary(summary: "RunSummary", shards: Path) -> None:
         f"stored   {num_stored} tracks in {shards} ({summary.num_kept} were there already) in "
         f"{summary.wall_seconds:.1f} s: {speed:.1f} audio seconds a second"
     )
-    parts = {part: seconds for part, seconds in summary.seconds.items() if part != "load"}
-    if total := sum(parts.values()):
-        split = ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in sorted(parts.items()))
-        click.echo(f"time     {split}")
+    describe_time(summary.seconds)
     for problem in summary.renewed:
         click.echo(f"renewed  {problem}", err=True)
     if summary.failed:
         click.echo(f"failed   {len(summary.failed)} tracks:", err=True)
         for name, reason in summary.failed:
             click.echo(f"  {name}: {reason}", err=True)
+
+
+def describe_time(seconds: dict[str, float]) -> None:
+    """Say what share of the workers' time each part took; loading the teacher does not count."""
+    parts = {part: spent for part, spent in sorted(seconds.items()) if part != "load"}
+    if total := sum(parts.values()):
+        shares = (f"{part} {100 * spent / total:.0f} %" for part, spent in parts.items())
+        click.echo(f"time     {', '.join(shares)}")
 
 
 def describe_teacher(info: Any, out: Path) -> None:

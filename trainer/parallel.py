@@ -23,6 +23,11 @@ from flsep.trainer.excerpts import Part
 _TIMEOUT = timedelta(minutes=30)
 
 
+# Gloo's threads may still need Python's lock to let go of the last collective, and the group's
+# destructor, which has the lock, waits for them: let it be called at the end of the interpreter.
+_groups: list[Any] = []
+
+
 class LostProcessError(ValueError):
     """A process of this training has died or given up."""
 
@@ -50,6 +55,7 @@ def joined(device: torch.device) -> Iterator[Part]:
         yield Part()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    _groups.append(dist.group.WORLD)
     try:
         yield Part(dist.get_rank(), dist.get_world_size())
     except (dist.DistError, RuntimeError) as error:
