@@ -6,6 +6,10 @@ from typing import Any
 from flsep.cache import SPLITS
 from flsep.cache.format import STFT_DTYPES
 
+WORKER_BYTES = 9 << 28
+"""What a worker needs with VGGish, however long its tracks are: 1.5 GiB, measured, and room for
+more channels and sources. Dask gives no new task to a worker that takes 80 % of its limit."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.memory import WORKER_BYTES, free_bytes
+from flsep.cache.memory import free_host_bytes
+from flsep.pipeline.config import WORKER_BYTES, FeatureConfig
 
 if TYPE_CHECKING:
     from flsep.pipeline.plan import Plan, ShardTask
@@ -42,7 +42,7 @@ def describe_client(client: Any) -> str:
 def require_memory(workers: int) -> None:
     """Refuse more workers than the free memory of this machine or job takes."""
     needed = max(workers, 1) * WORKER_BYTES
-    available = free_bytes()
+    available = free_host_bytes()
     if needed > available:
         raise ValueError(
             f"{max(workers, 1)} worker(s) need about {show_bytes(needed)} of memory, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flsep.pipeline.cluster import BATCH_SYSTEMS
-from flsep.pipeline.memory import WORKER_BYTES
+from flsep.pipeline.config import WORKER_BYTES
 from flsep.pipeline.reporting import describe_client, require_memory
 
 if TYPE_CHECKING:

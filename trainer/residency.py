@@ -1,9 +1,8 @@
 """Shards loaded once into the memory of the device or the host, and read from there."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from flsep.cache import Layout, Shards, TrackRecord
+from flsep.cache.memory import free_host_bytes
 from flsep.trainer.excerpts import DataError
 
 DEVICE_RESERVE_BYTES = 16 << 30
@@ -183,41 +183,3 @@ def require_room(
             f"the shards to load are {num_bytes / 1e9:.2f} GB; {free / 1e9:.2f} GB of {place} are "
             f"free, of which training keeps {reserve / 1e9:.2f} GB: {remedy}"
         )
-
-
-def free_host_bytes(root: Path = Path("/")) -> int:
-    """Return what this process can still allocate: the system's rest, or its control group's.
-
-    The page cache counts as free, as the kernel gives it up when memory is asked for.
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return max(0, min([available, *_control_group_rests(root)]))
-
-
-def _control_group_rests(root: Path) -> Iterator[int]:
-    """Yield what is left of each limit that holds, of version 1 and 2; a group's parents count."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, limit, usage, prefix = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            limit, usage, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        group = top / path.strip("/")
-        for folder in (group, *group.parents):
-            if (folder / limit).is_file() and (
-                text := (folder / limit).read_text().strip()
-            ) != "max":
-                entries = dict(
-                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
-                )
-                cached = sum(
-                    int(entries[f"{prefix}{kind}_file"]) for kind in ("inactive", "active")
-                )
-                yield int(text) - int((folder / usage).read_text()) + cached
-            if folder == top:
-                break

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from offline_ways import run_together
 
-from flsep.pipeline.memory import WORKER_BYTES
+from flsep.pipeline.config import WORKER_BYTES
 
 PARTS = ("decode", "stft", "teacher", "write")
 

@@ -1,19 +1,17 @@
-"""The memory that workers need, and what a machine or a job's limits leave them."""
+"""The memory that a machine, or the limits of a job, leave."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-WORKER_BYTES = 9 << 28
-"""What a worker needs with VGGish, however long its tracks are: 1.5 GiB, measured, and room for
-more channels and sources. Dask gives no new task to a worker that takes 80 % of its limit."""
 _ROOT = Path("/")
 
 
-def free_bytes(root: Path = _ROOT) -> int:
+def free_host_bytes(root: Path = _ROOT) -> int:
     """Return the memory that this process can still take.
 
     That is what the machine has free, or what the limits of its control groups leave, if less:
-    those of a batch job or a container, version 1 or 2. Files in the page cache count as free.
+    those of a batch job or a container, version 1 or 2. Files in the page cache count as free, as
+    the kernel gives them up when memory is asked for.
 
     Parameters
     ----------
@@ -21,7 +19,7 @@ def free_bytes(root: Path = _ROOT) -> int:
         Holds ``proc`` and ``sys``.
     """
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-    machine = dict(line.split(":") for line in lines)
+    machine = dict(line.split(":", 1) for line in lines)
     free = [int(machine["MemAvailable"].split()[0]) << 10]
     free += _group_bytes(root)
     return max(0, min(free))
@@ -36,24 +34,26 @@ def _group_bytes(root: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             top = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
-        folder = top / path.lstrip("/")
+        folder = top / path.strip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(top):
                 yield from _left_in(group, *names)
 
 
-def _left_in(group: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
+def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
     try:
         most = (group / limit).read_text(encoding="ascii").strip()
         used = int((group / usage).read_text(encoding="ascii"))
-        statistics = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:  # a group above the container's own, or the root, which has no limit
         return
+    statistics = dict(line.split() for line in lines)
+    cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
     if most != "max":
-        yield int(most) - used + int(dict(line.split() for line in statistics).get(cached, 0))
+        yield int(most) - used + cached
