@@ -1,14 +1,20 @@
-"""What grows with a corpus: the start of a training, with tracks and with hours of audio."""
+"""What grows with a corpus: the start of a training, and the tasks of Dask's scheduler."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from distributed import Client, LocalCluster
 
 from flsep.cache import Grid, Index, Layout, Shards, Statistics, TrackRecord, write_index
 from flsep.cache.format import track_datasets
+from flsep.pipeline.execute import run_on
+from flsep.pipeline.media import AudioStream
+from flsep.pipeline.plan import PlannedTrack, ShardTask
+from flsep.pipeline.tracks import Track
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data import Reader
 from flsep.trainer.excerpts import ConsecutiveExcerpts, draw_excerpts
@@ -125,5 +131,45 @@ def test_start_up(
     print_table(
         "start of a training, its data side",
         ("tracks", "hours", "index MB", "index s", "files s", "excerpts s", "all s"),
+        rows,
+    )
+
+
+def make_task(number: int) -> ShardTask:
+    folder = Path(f"/corpus/train/track {number}")
+    sources = tuple(AudioStream(folder / f"{name}.wav", 0) for name in LAYOUT.sources)
+    track = Track(name=folder.name, split="train", mixture=None, sources=sources)
+    return ShardTask(f"train-{number:016x}.h5", (PlannedTrack(track, 44100),), 1)
+
+
+def test_tasks_of_the_scheduler(full_size: bool, print_table: Callable[..., None]) -> None:
+    """The tasks are real ones; the workers do nothing with them."""
+    rows = []
+    for num_tasks in (1000, 10_000) if full_size else (5, 10):
+        tasks = [make_task(number) for number in range(num_tasks)]
+        with (
+            LocalCluster(
+                n_workers=2, threads_per_worker=1, processes=full_size, dashboard_address=None
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            list(run_on(client, id, tasks[:1]))
+            process, peak, begun = psutil.Process(), 0, time.perf_counter()
+            before = process.memory_info().rss
+            for number, outcome in enumerate(run_on(client, id, tasks)):
+                assert outcome.error is None
+                if number % 100 == 0:
+                    peak = max(peak, process.memory_info().rss)
+            seconds = time.perf_counter() - begun
+        rows.append(
+            (
+                str(num_tasks),
+                f"{1000 * seconds / num_tasks:.1f}",
+                f"{(peak - before) / 2**20:.0f}",
+            )
+        )
+    print_table(
+        "tasks through Dask, with the scheduler and the client in one process",
+        ("tasks", "ms a task", "memory, MiB"),
         rows,
     )
