@@ -122,4 +122,5 @@ def submit(
     path = folder / "job.sh"
     path.write_text(f"#!/bin/bash\n{script}\n")
     output = ("--output", str(folder / "job-%A-%a.log"), "--open-mode=append", "--parsable")
+    output += ("--chdir", str(folder))  # where the jobs of a job write what they say
     return call("sbatch", *output, *options, str(path), env=environment)
