@@ -1,5 +1,6 @@
 """HDF5 shards of precomputed features: the contract between pipeline and trainer."""
 
+from flsep.cache.draws import Draw, Grid, Heard, RandomMixes
 from flsep.cache.errors import (
     CacheError,
     DamagedDataError,
@@ -7,14 +8,15 @@ from flsep.cache.errors import (
     MismatchError,
     MissingDataError,
 )
-from flsep.cache.excerpts import Draw, Grid, Heard, RandomMixes
+from flsep.cache.files import remove_leftovers, sync_folder, write_json
 from flsep.cache.format import MIXTURE, SILENCE_DB, SPLITS, Layout
-from flsep.cache.index import Index, Statistics, TrackRecord, build_index, read_index, write_index
-from flsep.cache.mixes import MixesConfig, MixesFile, write_mixes
+from flsep.cache.index import Index, Statistics, TrackRecord, read_index
+from flsep.cache.indexing import build_index, write_index
+from flsep.cache.mixes_file import MixesConfig, MixesFile, write_mixes
+from flsep.cache.mixes_folder import Mixes, RenderedMixes, write_mixes_index
 from flsep.cache.reader import ShardFile, Shards
-from flsep.cache.rendered import Mixes, RenderedMixes, write_mixes_index
 from flsep.cache.verify import ShardVerdict, verify_mixes, verify_shard, verify_shards
-from flsep.cache.writer import ShardWriter, TrackPlan, remove_leftovers, sync_folder, write_json
+from flsep.cache.writer import ShardWriter, TrackPlan
 
 __all__ = [
     "MIXTURE",

@@ -21,12 +21,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import (
-    DamagedDataError,
-    FormatVersionError,
-    MismatchError,
-    MissingDataError,
-)
+from flsep.cache.errors import DamagedDataError, FormatVersionError, MismatchError, MissingDataError
 from flsep.cache.format import (
     FORMAT_NAME,
     FORMAT_VERSION,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from flsep.cache.errors import CacheError, DamagedDataError, MismatchError
 from flsep.cache.index import read_index
+from flsep.cache.mixes_folder import Mixes
 from flsep.cache.reader import ShardFile
-from flsep.cache.rendered import Mixes
 
 _OPEN_EACH = """
 import json, sys

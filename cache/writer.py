@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -16,6 +15,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from flsep.cache.files import TEMPORARY_SUFFIX, sync_folder
 from flsep.cache.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -31,7 +31,6 @@ from flsep.cache.format import (
 from flsep.cache.reader import ShardFile
 from flsep.cache.spool import Spool, reserve, write_at
 
-TEMPORARY_SUFFIX = ".part"
 # Datasets start on a page, so that memory maps of them are aligned. (The format of HDF5 1.10 is
 # asked for below since its object headers carry checksums: damaged metadata is noticed.)
 _ALIGNMENT_BYTES = 4096
@@ -378,33 +377,3 @@ def _is_finite(data: npt.NDArray[Any]) -> bool:
     if data.dtype == np.float16:  # NumPy's own check takes ten times as long
         return bool(np.bitwise_and(data.view(np.uint16), 0x7FFF).max(initial=0) < 0x7C00)
     return data.dtype.kind != "f" or bool(np.isfinite(data).all())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left; nobody may be writing into the folder."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from flsep.cache import CacheError, Mixes, ShardFile, read_index, verify_mixes, verify_shards
-from flsep.cache.rendered import holds_mixes
-from flsep.pipeline.mixes_cli import describe_mixes, mixes_command
-from flsep.pipeline.options import corpus_options, make_plan
-from flsep.pipeline.reporting import (
+from flsep.cache.mixes_folder import holds_mixes
+from flsep.pipeline.commands.mixes import describe_mixes, mixes_command
+from flsep.pipeline.commands.options import corpus_options, make_plan
+from flsep.pipeline.commands.reporting import (
     describe_plan,
     describe_summary,
     describe_teacher,
@@ -22,7 +22,7 @@ from flsep.pipeline.reporting import (
     show_bytes,
     show_hours,
 )
-from flsep.pipeline.workers import (
+from flsep.pipeline.commands.workers import (
     Pair,
     are_workers_chosen,
     choose_workers,
@@ -119,11 +119,11 @@ def run_command(
       flsep-precompute run songs/ shards/ --sources bass,drums,piano --teacher teachers/musicnn
       flsep-precompute run musdb18/ shards/ --cluster slurm --workers 32 --cluster-option queue=cpu
     """
-    from flsep.pipeline.build import ShardSettings
-    from flsep.pipeline.plan import share_tasks
-    from flsep.pipeline.run import finalise as finalise_run
-    from flsep.pipeline.run import find_strangers, run_plan
-    from flsep.pipeline.teacher import Teacher, resolve
+    from flsep.pipeline.execution.parts import share_tasks
+    from flsep.pipeline.shards.build import ShardSettings
+    from flsep.pipeline.shards.run import finalise as finalise_run
+    from flsep.pipeline.shards.run import find_strangers, run_plan
+    from flsep.pipeline.teachers.teacher import Teacher, resolve
 
     if finalise and (part or repair):
         raise ValueError("--finalise: makes no shards; leave out --part and --repair")
@@ -223,7 +223,7 @@ def verify_command(shards: Path, against: Path | None, teacher: str | None, **op
 
 def _recheck(shards: Path, corpus: Path, teacher: str | None, options: dict[str, Any]) -> list[str]:
     """Compare shards with their corpus; return what is not equal."""
-    from flsep.pipeline.recheck import plan_recheck, recheck_shard
+    from flsep.pipeline.shards.recheck import plan_recheck, recheck_shard
 
     plan, settings, problems = plan_recheck(shards, corpus, teacher)
     workers = choose_workers(shards.absolute(), options)
@@ -307,7 +307,7 @@ def fetch_command(handle: str, out: Path) -> None:
 
     Do it where there is internet access, then give OUT as --teacher to machines without.
     """
-    from flsep.pipeline.teacher import fetch
+    from flsep.pipeline.teachers.teacher import fetch
 
     fetch(handle, out)
     click.echo(f"{out}: fetched from {handle}; use it with --teacher {out}")
@@ -328,7 +328,7 @@ def export_group() -> None:
 @click.argument("out", type=_FOLDER)
 def export_vggish_command(checkpoint: Path, out: Path) -> None:
     """Build the TF-Hub module google/vggish/1 in OUT from Google's checkpoint."""
-    from flsep.pipeline.export import check_vggish, export_vggish
+    from flsep.pipeline.teachers.export import check_vggish, export_vggish
 
     describe_teacher(export_vggish(checkpoint, out), out)
     check = check_vggish(out)
@@ -352,7 +352,7 @@ def export_musicnn_command(out: Path, wheel: Path | None) -> None:
 
     A pretrained music tagger that any machine with access to PyPI can have.
     """
-    from flsep.pipeline.export import export_musicnn
+    from flsep.pipeline.teachers.export import export_musicnn
 
     describe_teacher(export_musicnn(out, wheel=wheel), out)
 
@@ -374,7 +374,7 @@ def demo_corpus_command(out: Path, tracks: int, seconds: float, seed: int, examp
     Composed songs with drums, bass, other and a singing voice; the same options give the same
     files.
     """
-    from flsep.pipeline.demo_corpus import render_corpus
+    from flsep.pipeline.demo.corpus import render_corpus
 
     render_corpus(
         out, num_tracks=tracks, seconds=seconds, seed=seed, example=example, progress=click.echo

@@ -44,7 +44,7 @@ def plain(track: Path, teacher_folder: Path, out: Path) -> dict[str, Any]:
     import librosa
     import stempeg
 
-    from flsep.pipeline.teacher import Teacher
+    from flsep.pipeline.teachers.teacher import Teacher
 
     teacher = Teacher.load(teacher_folder, batch_windows=_SMALL_BATCH_WINDOWS)
     teacher(np.zeros(4 * teacher.info.window_samples, np.float32))
@@ -70,11 +70,11 @@ def plain(track: Path, teacher_folder: Path, out: Path) -> dict[str, Any]:
 
 def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[str, Any]:
     """Make the shard of a corpus of one track, as a worker does: the teacher has one thread."""
-    from flsep.pipeline.build import ShardSettings, make_shard
     from flsep.pipeline.config import FeatureConfig
-    from flsep.pipeline.plan import plan_shards
-    from flsep.pipeline.teacher import Teacher, load_once
-    from flsep.pipeline.tracks import find_corpus
+    from flsep.pipeline.corpus.tracks import find_corpus
+    from flsep.pipeline.shards.build import ShardSettings, make_shard
+    from flsep.pipeline.shards.plan import plan_shards
+    from flsep.pipeline.teachers.teacher import Teacher, load_once
 
     config = FeatureConfig()
     found = find_corpus(corpus, sources=sources or None)
@@ -118,9 +118,10 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
 def mixes(shards: Path, teacher_folder: Path, out: Path, excerpts_per_track: str) -> dict[str, Any]:
     """Render an epoch of mixes, as a worker does: the teacher has one thread."""
     from flsep.cache import Shards
-    from flsep.pipeline.mixes import MixesSettings, make_config, plan_mixes, render_mixes
-    from flsep.pipeline.stopwatch import Stopwatch
-    from flsep.pipeline.teacher import Teacher, load_once
+    from flsep.pipeline.execution.stopwatch import Stopwatch
+    from flsep.pipeline.mixes.run import make_config, plan_mixes
+    from flsep.pipeline.mixes.task import MixesSettings, render_mixes
+    from flsep.pipeline.teachers.teacher import Teacher, load_once
 
     info = Teacher.load(teacher_folder, num_threads=1).info
     config = make_config(

@@ -19,7 +19,7 @@ import pytest
 
 from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, build_index, write_index
 from flsep.cache.format import track_datasets
-from flsep.trainer.approaches import check_combination
+from flsep.trainer.approaches.registry import check_combination
 from flsep.trainer.config import TrainConfig, apply_settings
 from flsep.trainer.recipes import RECIPES
 

@@ -13,13 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cache", "pipeline", "trainer")
-SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 TENSORFLOW = {"tensorflow", "tensorflow_hub"}
 DASK = {"dask", "dask_jobqueue", "distributed"}
 SCORING = {"museval", "norbert", "stempeg"}
 HEAVY = {*TENSORFLOW, *DASK, *SCORING, "keras", "librosa", "scipy", "tensorboard", "torch"}
 # The one place where the trainer calls the pipeline, if it is installed.
-LAZY_PIPELINE = ("trainer/conditioning.py", "flsep.pipeline.teacher")
+LAZY_PIPELINE = ("trainer/conditioning.py", "flsep.pipeline.teachers.teacher")
 # Names of distributions that differ from what is imported.
 DISTRIBUTIONS = {
     "tensorflow_hub": "tensorflow-hub",
@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     import g
 def function():
     import h
-    importlib.import_module("flsep.pipeline.teacher")
+    importlib.import_module("flsep.pipeline.teachers.teacher")
     importlib.import_module(name)
 from . import i
 """
@@ -115,7 +115,7 @@ from . import i
         ("d.e", True),
         ("flsep.cache", True),
         ("h", False),
-        ("flsep.pipeline.teacher", False),
+        ("flsep.pipeline.teachers.teacher", False),
         (".", True),
     }
     assert {found.package for found in IMPORTS} == set(PACKAGES)
@@ -148,7 +148,7 @@ def test_each_heavy_package_has_one_home() -> None:
     assert importers("librosa") == {"pipeline"}
     assert importers("torch", "safetensors") == {"trainer"}
     homes = {found.file for found in IMPORTS if found.root in DASK}
-    assert homes == {"pipeline/cluster.py", "pipeline/execute.py"}
+    assert homes == {"pipeline/execution/cluster.py", "pipeline/execution/runners.py"}
 
 
 @pytest.mark.parametrize("module", sorted({*TENSORFLOW, *DASK, *SCORING, "librosa", "tensorboard"}))
@@ -174,6 +174,12 @@ def test_every_import_is_declared() -> None:
         assert DISTRIBUTIONS.get(found.root, found.root) in declared, found
 
 
+def list_modules(package: str) -> list[str]:
+    """Return the full names of the modules of a package."""
+    paths = [path.relative_to(ROOT) for path in SOURCES if path.is_relative_to(ROOT / package)]
+    return [".".join(("flsep", *path.with_suffix("").parts)) for path in paths]
+
+
 def loaded_by(code: str) -> set[str]:
     """Run code in a new interpreter; return the heavy packages that it has loaded."""
     report = "\nimport sys\nprint('LOADED', *{name.partition('.')[0] for name in sys.modules})"
@@ -190,19 +196,17 @@ def test_loaded_packages_are_seen() -> None:
 
 
 def test_cache_loads_nothing_heavy() -> None:
-    names = [f"flsep.cache.{path.stem}" for path in SOURCES if path.parent.name == "cache"]
-    assert loaded_by(f"import flsep.cache, {', '.join(names)}") == set()
+    assert loaded_by(f"import {', '.join(list_modules('cache'))}") == set()
 
 
 def test_trainer_loads_torch_alone() -> None:
-    names = [f"flsep.trainer.{path.stem}" for path in SOURCES if path.parent.name == "trainer"]
-    assert loaded_by(f"import {', '.join(names)}") == {"torch"}
+    assert loaded_by(f"import {', '.join(list_modules('trainer'))}") == {"torch"}
 
 
 def test_event_log_does_not_load_tensorflow(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\n"
-        "from flsep.trainer.runs import EventLog\n"
+        "from flsep.trainer.runs.folder import EventLog\n"
         f"with EventLog(Path({str(tmp_path)!r}), 0) as log:\n"
         "    log.add(0, {'loss': 1.0})"
     )

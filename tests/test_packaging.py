@@ -78,9 +78,9 @@ def read_requirements(metadata: Message, extra: str | None) -> set[str]:
 
 def list_sources() -> set[str]:
     return {
-        f"flsep/{package}/{path.name}"
+        f"flsep/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
-        for path in (ROOT / package).iterdir()
+        for path in (ROOT / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
 

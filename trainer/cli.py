@@ -216,7 +216,7 @@ def fit(
       metrics.jsonl      a line an epoch, each loss term apart; events.* for TensorBoard
       config.json, environment.json
     """
-    from flsep.trainer.launch import launch
+    from flsep.trainer.training.launch import launch
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
@@ -287,9 +287,14 @@ def separate(
     files have the model's rate and 32-bit floats, so that nothing clips. A file that fails is
     named, the others go on, and the exit status is 1.
     """
-    from flsep.trainer.conditioning import load_embedder
-    from flsep.trainer.inference import TrackSeparator, choose_targets, list_audio, separate_file
-    from flsep.trainer.launch import choose_device
+    from flsep.trainer.inference.embedder import load_embedder
+    from flsep.trainer.inference.separate import (
+        TrackSeparator,
+        choose_targets,
+        list_audio,
+        separate_file,
+    )
+    from flsep.trainer.training.launch import choose_device
 
     files = list_audio(audio)
     separator = TrackSeparator(
@@ -365,8 +370,9 @@ def evaluate(
     others go on, and the exit status is 1. Show the scores with flsep-train compare.
     """
     from flsep.cache import Shards
-    from flsep.trainer.evaluate import Estimator, describe_run, evaluate
-    from flsep.trainer.runs import Run
+    from flsep.trainer.runs.folder import Run
+    from flsep.trainer.scoring.estimators import Estimator
+    from flsep.trainer.scoring.evaluation import describe_run, evaluate
 
     if not (runs or floor or oracle):
         raise click.UsageError("nothing to score: give RUN... SHARDS, --floor or --oracle")
@@ -415,7 +421,8 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
     Runs that differ in their seed alone make one row, with the spread over the seeds. A row has
     the approach's name, or the NAME before the =. Counted are the frames that all rows scored.
     """
-    from flsep.trainer.evaluate import compare_evaluations, read_evaluation
+    from flsep.trainer.scoring.evaluation import read_evaluation
+    from flsep.trainer.study.rows import compare_evaluations
 
     members = []
     for argument in runs:

@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from flsep.trainer.errors import ConfigError
+
 Settings = Any
 """One of the sections below."""
-
-
-class ConfigError(ValueError):
-    """A setting that does not exist, or whose value cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +89,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApproachConfig:
-    """How the teacher informs the latent; see `flsep.trainer.approaches`.
+    """How the teacher informs the latent; see `flsep.trainer.approaches.registry`.
 
     Attributes
     ----------

@@ -5,9 +5,12 @@ the parts: statistics of batch norm (`BatchNorm`), windows that a regularizer co
 (`gather_rows`), losses (`sum_over_ranks`). With one process all of this does nothing.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from flsep.trainer.excerpts import Part
+from flsep.trainer.errors import LostProcessError
 
 # A rank may wait for another that verifies a shard for the first time.
 _TIMEOUT = timedelta(minutes=30)
@@ -26,10 +29,6 @@ _TIMEOUT = timedelta(minutes=30)
 # Gloo's threads may still need Python's lock to let go of the last collective, and the group's
 # destructor, which has the lock, waits for them: let it be called at the end of the interpreter.
 _groups: list[Any] = []
-
-
-class LostProcessError(ValueError):
-    """A process of this training has died or given up."""
 
 
 @contextmanager
@@ -182,3 +181,27 @@ class BatchNorm(nn.BatchNorm1d):
             scale_X = (variance_X + self.eps).rsqrt() * gain_X
             output_MX: Tensor = centred_MX * scale_X + shift_X
             return output_MX.to(rows_MX.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of each batch a process reads, when several train together.
+
+    Attributes
+    ----------
+    rank, num_ranks : int
+        Which of the processes it is, and how many there are.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_ranks:
+            raise ValueError(f"rank is {self.rank}; expected one in [0, {self.num_ranks})")
+
+    def share(self, indices: range) -> range:
+        """Return this part's indices: neighbours, as many as the others have, or one more."""
+        size, num_larger = divmod(len(indices), self.num_ranks)
+        start = self.rank * size + min(self.rank, num_larger)
+        return indices[start : start + size + (self.rank < num_larger)]

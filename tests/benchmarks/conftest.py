@@ -86,7 +86,7 @@ def bench_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Return musicnn at full size, the small teacher of the tests otherwise."""
     if os.environ.get("FLSEP_BENCH") != "1":
         return tiny_teacher
-    from flsep.pipeline.export import export_musicnn
+    from flsep.pipeline.teachers.export import export_musicnn
 
     folder = tmp_path_factory.mktemp("teacher") / "musicnn"
     export_musicnn(folder)
@@ -96,9 +96,9 @@ def bench_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def bench_vggish(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return VGGish with random weights: what it costs does not depend on them."""
-    from flsep.pipeline import export, vggish
-    from flsep.pipeline.savedmodel import import_tensorflow
-    from flsep.pipeline.teacher import EACH
+    from flsep.pipeline.teachers import export, vggish
+    from flsep.pipeline.teachers.savedmodel import import_tensorflow
+    from flsep.pipeline.teachers.teacher import EACH
 
     rng = np.random.default_rng(0)
     variables = {

@@ -26,10 +26,11 @@ from flsep.cache import (
     write_index,
 )
 from flsep.trainer.config import DataConfig
-from flsep.trainer.data import Reader, load_batches
-from flsep.trainer.excerpts import draw_excerpts
-from flsep.trainer.memory import keep_freed_memory
-from flsep.trainer.residency import Resident, wanted_signals
+from flsep.trainer.data.excerpts import draw_excerpts
+from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.reader import Reader
+from flsep.trainer.data.resident import Resident, wanted_signals
+from flsep.trainer.training.launch import keep_freed_memory
 
 LAYOUT = Layout(
     sample_rate_hz=44100,

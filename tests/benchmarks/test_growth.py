@@ -11,13 +11,13 @@ from distributed import Client, LocalCluster
 
 from flsep.cache import Grid, Index, Layout, Shards, Statistics, TrackRecord, write_index
 from flsep.cache.format import track_datasets
-from flsep.pipeline.execute import run_on
-from flsep.pipeline.media import AudioStream
-from flsep.pipeline.plan import PlannedTrack, ShardTask
-from flsep.pipeline.tracks import Track
+from flsep.pipeline.corpus.media import AudioStream
+from flsep.pipeline.corpus.tracks import Track
+from flsep.pipeline.execution.runners import run_on
+from flsep.pipeline.shards.plan import PlannedTrack, ShardTask
 from flsep.trainer.config import DataConfig
-from flsep.trainer.data import Reader
-from flsep.trainer.excerpts import ConsecutiveExcerpts, draw_excerpts
+from flsep.trainer.data.excerpts import ConsecutiveExcerpts, draw_excerpts
+from flsep.trainer.data.reader import Reader
 
 LAYOUT = Layout(
     sample_rate_hz=44100,

@@ -7,7 +7,7 @@ import torch
 from plain_xumx import plain_loss
 from torch import Tensor
 
-from flsep.trainer.losses import SeparationLoss
+from flsep.trainer.separators.losses import SeparationLoss
 
 
 def test_loss(

@@ -25,15 +25,16 @@ from flsep.cache import (
     build_index,
     write_index,
 )
-from flsep.trainer.batches import Batch
-from flsep.trainer.clock import WaitClock
+from flsep.trainer.approaches.informed import InformedSeparator, build_model
 from flsep.trainer.config import DataConfig, TrainConfig, apply_settings
-from flsep.trainer.data import Reader, load_batches
-from flsep.trainer.excerpts import draw_excerpts
-from flsep.trainer.memory import keep_freed_memory
-from flsep.trainer.model import InformedSeparator, build_model
-from flsep.trainer.objective import Objective
-from flsep.trainer.updates import Updates
+from flsep.trainer.data.batch import Batch
+from flsep.trainer.data.excerpts import draw_excerpts
+from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.reader import Reader
+from flsep.trainer.training.clock import WaitClock
+from flsep.trainer.training.launch import keep_freed_memory
+from flsep.trainer.training.objective import Objective
+from flsep.trainer.training.optimizer import Updates
 
 SOURCES = ("drums", "bass", "other", "vocals")
 SMALL = (

@@ -23,12 +23,12 @@ from flsep.cache import (
     MixesFile,
     Shards,
     build_index,
-    mixes,
-    rendered,
     verify_mixes,
     write_index,
     write_mixes,
 )
+from flsep.cache import mixes_file as mixes
+from flsep.cache import mixes_folder as rendered
 from flsep.cache.reader import ShardFile
 
 NUM_EXAMPLES = int(os.environ.get("FLSEP_FUZZ", 300))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, remove_leftovers
-from flsep.cache.writer import TrackWriter, write_json
+from flsep.cache.files import write_json
+from flsep.cache.writer import TrackWriter
 
 PLAN = TrackPlan(name="x", split="train", num_samples=100, num_windows=5, with_audio=False)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flsep.pipeline import export, vggish
-from flsep.pipeline.savedmodel import TeacherError, import_tensorflow
-from flsep.pipeline.teacher import Teacher
+from flsep.pipeline.errors import TeacherError
+from flsep.pipeline.teachers import export, vggish
+from flsep.pipeline.teachers.savedmodel import import_tensorflow
+from flsep.pipeline.teachers.teacher import Teacher
 
 
 @pytest.fixture(scope="session")

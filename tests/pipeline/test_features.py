@@ -10,6 +10,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flsep.pipeline.corpus.media import AudioStream, decode
 from flsep.pipeline.features import (
     MagnitudeMoments,
     MonoStream,
@@ -19,7 +20,6 @@ from flsep.pipeline.features import (
     pack,
     widen,
 )
-from flsep.pipeline.media import AudioStream, decode
 
 
 def noise(num_samples: int, num_channels: int = 2, seed: int = 0) -> np.ndarray:

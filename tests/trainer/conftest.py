@@ -11,15 +11,7 @@ import pytest
 import torch
 from plain_mixes import make_mixes
 
-from flsep.cache import (
-    Layout,
-    ShardFile,
-    Shards,
-    ShardWriter,
-    TrackPlan,
-    build_index,
-    write_index,
-)
+from flsep.cache import Layout, ShardFile, Shards, ShardWriter, TrackPlan, build_index, write_index
 from flsep.trainer.config import TrainConfig, apply_settings
 
 RATE_HZ = 8000

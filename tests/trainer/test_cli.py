@@ -17,10 +17,10 @@ import soundfile
 import torch
 from click.testing import CliRunner, Result
 
-from flsep.trainer.approaches import APPROACHES, MIXINGS, TEACHER_SIGNALS
-from flsep.trainer.checkpoint import load_checkpoint
+from flsep.trainer.approaches.registry import APPROACHES, MIXINGS, TEACHER_SIGNALS
 from flsep.trainer.cli import main
-from flsep.trainer.training import Training
+from flsep.trainer.runs.checkpoint import load_checkpoint
+from flsep.trainer.training.state import Training
 
 Run = Callable[..., Result]
 
@@ -85,10 +85,10 @@ def test_the_trainer_loads_neither_tensorflow_nor_dask(tmp_path: Path) -> None:
         "import sys, flsep.trainer.cli\n"
         "assert 'torch' not in sys.modules, 'help must be fast'\n"
         "import pkgutil, importlib, flsep.trainer\n"
-        "for module in pkgutil.iter_modules(flsep.trainer.__path__):\n"
-        "    importlib.import_module(f'flsep.trainer.{module.name}')\n"
+        "for module in pkgutil.walk_packages(flsep.trainer.__path__, 'flsep.trainer.'):\n"
+        "    importlib.import_module(module.name)\n"
         "from pathlib import Path\n"
-        "flsep.trainer.runs.EventLog(Path(sys.argv[1]), 0).add(0, {'a': 1.0})\n"
+        "flsep.trainer.runs.folder.EventLog(Path(sys.argv[1]), 0).add(0, {'a': 1.0})\n"
         "unwanted = {'tensorflow', 'dask', 'librosa', 'flsep.pipeline', 'museval', 'norbert'}\n"
         "assert not unwanted & set(sys.modules), unwanted & set(sys.modules)\n"
     )

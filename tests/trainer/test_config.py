@@ -4,7 +4,6 @@ import pytest
 
 from flsep.trainer.config import (
     ApproachConfig,
-    ConfigError,
     DataConfig,
     FitConfig,
     OptimConfig,
@@ -13,6 +12,7 @@ from flsep.trainer.config import (
     apply_settings,
     list_differences,
 )
+from flsep.trainer.errors import ConfigError
 
 
 def test_settings_change_fields_by_their_type() -> None:

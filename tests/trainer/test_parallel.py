@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from flsep.cache import Shards
-from flsep.trainer.checkpoint import load_checkpoint
 from flsep.trainer.config import TrainConfig, list_differences
-from flsep.trainer.excerpts import Part
-from flsep.trainer.loop import fit
-from flsep.trainer.parallel import BatchNorm, count_ranks, gather_objects, gather_rows, joined
-from flsep.trainer.runs import Run
-from flsep.trainer.training import Training
+from flsep.trainer.parallel import BatchNorm, Part, count_ranks, gather_objects, gather_rows, joined
+from flsep.trainer.runs.checkpoint import load_checkpoint
+from flsep.trainer.runs.folder import Run
+from flsep.trainer.training.loop import fit
+from flsep.trainer.training.state import Training
 
 # 9 excerpts in 3 batches of 3: one process has two of each, the other one.
 SHARED = ("data.batch_size=3", "optim.learning_rate=1e-2", "fit.epochs=2")

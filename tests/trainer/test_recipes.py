@@ -1,6 +1,6 @@
 from flsep.cache import Grid, Layout
+from flsep.trainer.approaches.informed import build_model
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.model import build_model
 from flsep.trainer.recipes import RECIPES, demo, xumx
 
 

@@ -1,0 +1,336 @@
+"""Files of rendered mixes: recipes that the offline stage drew, what the teacher heard in each.
+
+``docs/reference/mixes-format.md`` is the normative text.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from flsep.cache.errors import DamagedDataError, FormatVersionError, MissingDataError
+from flsep.cache.files import TEMPORARY_SUFFIX, sync_folder
+from flsep.cache.format import Dataset, canonical_json, fingerprint
+from flsep.cache.index import TrackRecord
+
+FORMAT_NAME = "flsep-mixes"
+FORMAT_VERSION = 1
+EMBEDDING_DTYPES = ("float16", "float32")
+MIXES_PER_FILE = 1024
+
+REMEDY = "delete it and run flsep-precompute mixes again"
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixesConfig:
+    """What decides mixes, beside how many epochs of them there are.
+
+    Attributes
+    ----------
+    shards : str
+        Fingerprint of the shards' configuration, which the teacher is part of.
+    tracks : str
+        `digest_tracks` of the tracks that are mixed.
+    num_tracks : int
+        How many these are.
+    split : str
+        The split that they are of.
+    num_sources : int
+        Sources of a mix.
+    seed : int
+        With epoch and index it decides a mix, as ``--mixing random`` does.
+    excerpt_seconds : float
+        Length of a mix.
+    excerpts_per_track : int
+        An epoch has this many mixes for each track.
+    min_gain, max_gain, swap_probability : float
+        See `flsep.cache.RandomMixes`.
+    with_stems : bool
+        Whether the teacher heard the scaled stems too.
+    embedding_dtype : {"float16", "float32"}
+        Of the stored embeddings.
+    num_windows, embedding_size : int
+        The teacher's windows in a mix, and its dimensions.
+    """
+
+    shards: str
+    tracks: str
+    num_tracks: int
+    split: str
+    num_sources: int
+    seed: int
+    excerpt_seconds: float
+    excerpts_per_track: int
+    min_gain: float
+    max_gain: float
+    swap_probability: float
+    with_stems: bool
+    embedding_dtype: str
+    num_windows: int
+    embedding_size: int
+
+    def __post_init__(self) -> None:
+        if self.embedding_dtype not in EMBEDDING_DTYPES:
+            raise ValueError(
+                f"embedding_dtype is {self.embedding_dtype!r}; expected one of {EMBEDDING_DTYPES}"
+            )
+        counts = ("num_tracks", "num_sources", "excerpts_per_track")
+        for name in (*counts, "excerpt_seconds", "num_windows", "embedding_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not 0 <= self.min_gain <= self.max_gain < math.inf:
+            raise ValueError(
+                f"gains from {self.min_gain} to {self.max_gain}: expected 0 <= least <= most"
+            )
+        if not 0 <= self.swap_probability <= 1:
+            raise ValueError(f"swap_probability is {self.swap_probability}; expected one in [0, 1]")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+
+    @property
+    def num_mixes(self) -> int:
+        """Mixes of an epoch."""
+        return self.num_tracks * self.excerpts_per_track
+
+    def files_of_epoch(self, epoch: int) -> dict[str, range]:
+        """Return the files of an epoch by name, with the indices of their mixes."""
+        return {
+            f"epoch-{epoch:06d}-{first:07d}.h5": range(
+                first, min(first + MIXES_PER_FILE, self.num_mixes)
+            )
+            for first in range(0, self.num_mixes, MIXES_PER_FILE)
+        }
+
+    def datasets(self, num_mixes: int) -> dict[str, Dataset]:
+        """Return every dataset of a file by name.
+
+        ============= ================= =============================================
+        name          dtype             axes
+        ============= ================= =============================================
+        ``track``     uint32            [mix, source], place among the mixed tracks
+        ``frame``     uint32            [mix, source], where the excerpt starts
+        ``gain``      float32           [mix, source]
+        ``swap``      uint8             [mix, source], 1 where channels are reversed
+        ``embedding`` float16 / float32 [mix, signal, window, dim]
+        ``activity``  float32           [mix, signal, window], dBFS
+        ============= ================= =============================================
+
+        The signals are the mixture, then, with `with_stems`, the scaled sources.
+        """
+        recipe = (num_mixes, self.num_sources)
+        heard = (num_mixes, 1 + self.num_sources * self.with_stems, self.num_windows)
+        kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "track": ("<u4", recipe),
+            "frame": ("<u4", recipe),
+            "gain": ("<f4", recipe),
+            "swap": ("u1", recipe),
+            "embedding": (
+                np.dtype(self.embedding_dtype).newbyteorder("<"),
+                (*heard, self.embedding_size),
+            ),
+            "activity": ("<f4", heard),
+        }
+        return {name: Dataset(np.dtype(kind), shape) for name, (kind, shape) in kinds.items()}
+
+    def num_bytes(self, num_mixes: int) -> int:
+        """Return what mixes take, but for the headers of files."""
+        return sum(dataset.num_bytes for dataset in self.datasets(num_mixes).values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "MixesConfig":
+        """Rebuild a configuration; raises ValueError when fields are missing or of another kind."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        if set(values) != set(kinds):
+            raise ValueError(f"has the fields {sorted(values)}; expected {sorted(kinds)}")
+        for name, kind in kinds.items():
+            if not isinstance(values[name], kind):  # type: ignore[arg-type]
+                raise ValueError(f"field {name} is {values[name]!r}")
+        return cls(**values)
+
+
+def digest_tracks(tracks: Sequence[TrackRecord]) -> str:
+    """Return a digest of tracks, in their order and to the last bit."""
+    return fingerprint([[track.name, track.digest] for track in tracks])
+
+
+def write_mixes(
+    path: Path,
+    config: MixesConfig,
+    epoch: int,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    packages: dict[str, str],
+) -> None:
+    """Write one file, so that it is there completely or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        One of `MixesConfig.files_of_epoch`.
+    config : MixesConfig
+        What decided the mixes.
+    epoch : int
+        Whose they are.
+    arrays : mapping of str to ndarray
+        Those of `MixesConfig.datasets`.
+    packages : dict of str to str
+        Versions of the packages that made them.
+
+    Raises
+    ------
+    ValueError
+        If an array does not fit, or holds NaN, infinity, or what its dtype cannot hold.
+    OSError
+        If it cannot be written.
+    """
+    data: Arrays = {}
+    for name, dataset in config.datasets(len(arrays["track"])).items():
+        with np.errstate(over="ignore"):
+            data[name] = np.ascontiguousarray(arrays[name], dataset.dtype)
+        if data[name].shape != dataset.shape:
+            raise ValueError(f"{name} is {data[name].shape}; expected {dataset.shape}")
+        if dataset.dtype.kind == "f" and not np.isfinite(data[name]).all():
+            raise ValueError(f"{name} would hold NaN or infinity as {dataset.dtype}")
+    # HDF5 can crash where the disk is full: it is given memory to write to.
+    access, creation = (h5py.h5p.create(k) for k in (h5py.h5p.FILE_ACCESS, h5py.h5p.FILE_CREATE))
+    image = io.BytesIO()
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    creation.set_obj_track_times(False)  # the same content gives the same bytes
+    with h5py.File(h5py.h5f.create(repr(image).encode(), fcpl=creation, fapl=access)) as file:
+        file.attrs.update(
+            {
+                "format": FORMAT_NAME,
+                "version": FORMAT_VERSION,
+                "config": canonical_json(config.to_json()),
+                "epoch": epoch,
+                "packages": canonical_json(packages),
+                "sha256": _digest(config, epoch, data),
+            }
+        )
+        for name, array in data.items():
+            file.create_dataset(name, data=array, track_times=False)
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    )
+    try:
+        with open(temporary, "wb") as target:
+            target.write(image.getbuffer())
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
+    digest = hashlib.sha256(canonical_json([config.to_json(), epoch]).encode())
+    for array in arrays.values():
+        digest.update(array.data.cast("B"))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class MixesFile:
+    """One file, read completely and checked.
+
+    Attributes
+    ----------
+    config : MixesConfig
+        What decided the mixes.
+    epoch : int
+        Whose they are.
+    arrays : dict of str to ndarray
+        See `MixesConfig.datasets`.
+    packages : dict of str to str
+        Versions of the packages that made them.
+    sha256 : str
+        Digest of the configuration, the epoch and the arrays.
+    num_bytes : int
+        Size of the file.
+    """
+
+    config: MixesConfig
+    epoch: int
+    arrays: Arrays
+    packages: dict[str, str]
+    sha256: str
+    num_bytes: int
+
+    @classmethod
+    def read(cls, path: Path) -> "MixesFile":
+        """Read and check a file.
+
+        Raises
+        ------
+        MissingDataError
+            If there is none.
+        FormatVersionError
+            If it is of another version of the format.
+        DamagedDataError
+            If anything is not as the format prescribes.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise MissingDataError(f"{path}: missing; run flsep-precompute mixes again") from None
+        try:
+            with h5py.File(io.BytesIO(content), "r") as file:
+                return cls._read(file, path, len(content))
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DamagedDataError(f"{path}: not readable as mixes ({reason}); {REMEDY}") from error
+
+    @classmethod
+    def _read(cls, file: h5py.File, path: Path, num_bytes: int) -> "MixesFile":
+        attributes = file.attrs
+        if attributes["format"] != FORMAT_NAME:
+            raise DamagedDataError(f"{path}: an HDF5 file, but not of the format {FORMAT_NAME}")
+        require_version(path, int(attributes["version"]))
+        config = MixesConfig.from_json(json.loads(attributes["config"]))
+        epoch, sha256 = int(attributes["epoch"]), str(attributes["sha256"])
+        num_mixes = len(file["track"])
+        expected = config.datasets(num_mixes)
+        if set(file) != set(expected):
+            raise ValueError(f"holds {sorted(file)[:8]}; expected {sorted(expected)}")
+        arrays = {}
+        for name, dataset in expected.items():
+            link, stored = file.get(name, getlink=True), file[name]
+            if not isinstance(link, h5py.HardLink) or stored.external or stored.is_virtual:
+                raise ValueError(f"{name} is not stored in this file")
+            if (stored.shape, stored.dtype) != (dataset.shape, dataset.dtype):
+                raise ValueError(f"{name} is {stored.dtype} {stored.shape}")
+            if dataset.num_bytes > num_bytes:
+                raise ValueError(f"{name} is larger than the file")
+            arrays[name] = stored[()]
+        if _digest(config, epoch, arrays) != sha256:
+            raise ValueError("its content does not have the digest it states")
+        packages = json.loads(attributes["packages"])
+        return cls(config, epoch, arrays, packages, sha256, num_bytes)
+
+
+def require_version(path: Path, version: int) -> None:
+    """Raise FormatVersionError for another version than this one."""
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: version {version} of the format, this flsep reads {FORMAT_VERSION}; use the "
+            "flsep that wrote it, or render the mixes again"
+        )

@@ -1,0 +1,203 @@
+"""Options that decide where the work is done, and the workers that follow from them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from flsep.cache.memory import free_host_bytes
+from flsep.pipeline.commands.reporting import show_bytes
+from flsep.pipeline.config import WORKER_BYTES
+from flsep.pipeline.execution.cluster import BATCH_SYSTEMS
+
+if TYPE_CHECKING:
+    from flsep.pipeline.execution.cluster import ClusterSettings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Pair(click.ParamType):
+    """Two numbers such as 1:8 or 2/4, the separator being part of the type."""
+
+    def __init__(self, separator: str) -> None:
+        self.name = f"number{separator}number"
+        self._separator = separator
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Return both numbers."""
+        first, _, second = str(value).partition(self._separator)
+        if not (first.isdecimal() and second.isdecimal()):
+            self.fail(f"{value!r}: write two numbers, such as 1{self._separator}8", param, ctx)
+        return int(first), int(second)
+
+
+class _Setting(click.ParamType):
+    """A setting KEY=VALUE; the value is read as JSON where it is JSON, else as text."""
+
+    name = "setting"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
+        key, equals, text = str(value).partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r}: write KEY=VALUE", param, ctx)
+        try:
+            return key.replace("-", "_"), json.loads(text)
+        except ValueError:
+            return key.replace("-", "_"), text
+
+
+def worker_options(command: Command) -> Command:
+    """Add the options that decide where the work is done."""
+    options = [
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            show_default="number of cores",
+            help="Worker processes; 0 does the work in this process, without Dask.",
+        ),
+        click.option(
+            "--adapt",
+            type=Pair(":"),
+            metavar="MIN:MAX",
+            help="Have as many workers as there is work for, within these bounds.",
+        ),
+        click.option(
+            "--cluster",
+            type=click.Choice(["local", *BATCH_SYSTEMS]),
+            default="local",
+            show_default=True,
+            help="Start workers on this machine, or as jobs of a batch system, through "
+            "dask-jobqueue and what its configuration files say.",
+        ),
+        click.option(
+            "--cluster-option",
+            "cluster_settings",
+            type=_Setting(),
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An argument of dask-jobqueue's cluster, such as queue=long, cores=2, "
+            "walltime=08:00:00, interface=ib0; or memory_limit=4GiB for local workers. May be "
+            "repeated.",
+        ),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Use the workers of a Dask scheduler that is running, such as tls://node1:8786. "
+            "They must see CORPUS, SHARDS and the teacher under the same paths.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def are_workers_chosen(options: dict[str, Any]) -> bool:
+    """Say whether any of `worker_options` was given."""
+    chosen = (options[name] for name in ("workers", "adapt", "cluster_settings", "scheduler"))
+    return options["cluster"] != "local" or any(value not in (None, ()) for value in chosen)
+
+
+def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | str | None":
+    """Return where to work: on a cluster to start, at a scheduler's address, or here (None).
+
+    Parameters
+    ----------
+    folder : Path
+        Of the shards.
+    options : dict
+        Values of `worker_options`.
+
+    Raises
+    ------
+    ValueError
+        If the options contradict each other, one of them is wrong, or this machine's memory
+        does not take so many workers.
+    """
+    from flsep.pipeline.execution.cluster import ClusterSettings
+
+    workers, adapt, kind = options["workers"], options["adapt"], options["cluster"]
+    given = dict(options["cluster_settings"])
+    if address := options["scheduler"]:
+        if workers is not None or adapt or kind != "local" or given:
+            raise ValueError(
+                f"--scheduler {address}: its workers are there already; leave out --workers, "
+                "--adapt, --cluster and --cluster-option"
+            )
+        return str(address)
+    if workers is not None and adapt:
+        raise ValueError("--workers and --adapt: give one of them")
+    if adapt and not adapt[0] <= adapt[1] > 0:
+        raise ValueError(f"--adapt {adapt[0]}:{adapt[1]}: expected MIN:MAX with MIN <= MAX")
+    if kind != "local" and not workers and not adapt:
+        raise ValueError(f"--cluster {kind}: give --workers N or --adapt MIN:MAX")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    least, most = adapt or (workers, workers)
+    if kind == "local":
+        require_memory(most)
+    if not most:
+        if given:
+            raise ValueError("--cluster-option: has no effect with --workers 0")
+        return None
+    return ClusterSettings(
+        kind=kind,
+        least=least,
+        most=most,
+        options=given,
+        worker_bytes=WORKER_BYTES,
+        folder=folder,
+    )
+
+
+@contextmanager
+def start_workers(workers: "ClusterSettings | str | None") -> Iterator[Any]:
+    """Start or join the workers and give what runs tasks on them; raises ValueError if it fails."""
+    from flsep.pipeline.execution.cluster import remote_client, start_cluster
+    from flsep.pipeline.execution.runners import run_inline, run_on
+    from flsep.pipeline.execution.waiting import WorkerWatch
+
+    if workers is None:
+        yield run_inline
+        return
+    connect = remote_client(workers) if isinstance(workers, str) else start_cluster(workers)
+    kind = None if isinstance(workers, str) else workers.kind
+    with connect as client:
+        click.echo(f"workers  {describe_client(client)}")
+        yield partial(run_on, client, idle=WorkerWatch(client, kind))
+
+
+def describe_workers(workers: "ClusterSettings | str | None") -> None:
+    """Say what `start_workers` would start: for a batch system, the script of its jobs."""
+    from flsep.pipeline.execution.cluster import ClusterSettings, job_script
+
+    if isinstance(workers, ClusterSettings):
+        bounds = {workers.least: f"{workers.most}"}.get(
+            workers.most, f"{workers.least} to {workers.most}"
+        )
+        click.echo(f"workers  {bounds}, {workers.kind}")
+        if workers.kind != "local":
+            click.echo(f"\n{job_script(workers)}")
+
+
+def describe_client(client: Any) -> str:
+    """Name the workers, the scheduler and its dashboard."""
+    information = client.scheduler_info(n_workers=-1)
+    place = f"{len(information['workers'])} at {client.scheduler.address}"
+    has_dashboard = "dashboard" in information["services"]
+    return f"{place}, dashboard {client.dashboard_link}" if has_dashboard else place
+
+
+def require_memory(workers: int) -> None:
+    """Refuse more workers than the free memory of this machine or job takes."""
+    needed = max(workers, 1) * WORKER_BYTES
+    available = free_host_bytes()
+    if needed > available:
+        raise ValueError(
+            f"{max(workers, 1)} worker(s) need about {show_bytes(needed)} of memory, "
+            f"{show_bytes(available)} are free; use fewer --workers"
+        )

@@ -1,0 +1,1 @@
+"""Find the tracks of a corpus and decode their audio."""

@@ -1,0 +1,392 @@
+"""Recognise a corpus by looking at its folder, and describe its tracks."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from flsep.pipeline.corpus.media import AudioStream, probe_all, tolerance_samples
+from flsep.pipeline.errors import MediaError
+
+SPLITS = ("train", "valid", "test")
+MUSDB_SOURCES = ("drums", "bass", "other", "vocals")
+MUSDB_VALID_TRACKS = frozenset(  # https://github.com/sigsep/sigsep-mus-db, musdb/configs/mus.yaml
+    {
+        "Actions - One Minute Smile",
+        "Clara Berry And Wooldog - Waltz For My Victims",
+        "Johnny Lokke - Promises & Lies",
+        "Patrick Talbot - A Reason To Leave",
+        "Triviul - Angelsaint",
+        "Alexander Ross - Goodbye Bolero",
+        "Fergessen - Nos Palpitants",
+        "Leaf - Summerghost",
+        "Skelpolu - Human Mistakes",
+        "Young Griffo - Pennies",
+        "ANiMAL - Rockshow",
+        "James May - On The Line",
+        "Meaxic - Take A Step",
+        "Traffic Experiment - Sirens",
+    }
+)
+DEFAULT_VALID_FRACTION = 0.1
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".m4a", ".aif", ".aiff"})
+STEM_SUFFIX = ".stem.mp4"  # streams: the mixture, then MUSDB_SOURCES
+_STEM_STREAMS = 1 + len(MUSDB_SOURCES)
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One song: where to find its signals.
+
+    Attributes
+    ----------
+    name
+        Unique in the corpus, printable; data only, never a path.
+    split
+        'train', 'valid' or 'test'.
+    mixture
+        None where the corpus has none: the sum of the sources is the mixture.
+    sources
+        In the order of `Corpus.sources`.
+    """
+
+    name: str
+    split: str
+    mixture: AudioStream | None
+    sources: tuple[AudioStream, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrackInfo:
+    """What the headers say about a track.
+
+    Attributes
+    ----------
+    num_samples
+        Of its shortest signal; once decoded, each signal of a container may differ from this by a
+        codec frame, so cut them to the shortest.
+    sample_rate_hz
+        Of all its signals.
+    duration_seconds
+        The quotient of the two.
+    """
+
+    num_samples: int
+    sample_rate_hz: int
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A folder of tracks.
+
+    Attributes
+    ----------
+    root
+        The folder.
+    kind
+        'musdb18', 'musdb18-hq', or 'folder' for any other, mixed ones too.
+    sources
+        Names of the sources.
+    tracks
+        Sorted by split (train, valid, test), then by name.
+    rejected
+        Name and reason of each track that cannot be used, sorted.
+    infos
+        What the headers say about each track in `tracks`, by its name.
+    """
+
+    root: Path
+    kind: str
+    sources: tuple[str, ...]
+    tracks: tuple[Track, ...]
+    rejected: tuple[tuple[str, str], ...]
+    infos: Mapping[str, TrackInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A stem file (without `files`) or a folder of sound files by their stem's name."""
+
+    name: str
+    split: str
+    path: Path
+    files: Mapping[str, Sequence[Path]] | None
+
+
+def find_corpus(
+    root: Path,
+    *,
+    sources: Sequence[str] | None = None,
+    valid_fraction: float | None = None,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    num_channels: int = 2,
+) -> Corpus:
+    """Recognise a corpus and list its tracks, after a look at each file's header.
+
+    A track is a `*.stem.mp4` as in MUSDB18, or a folder with a sound file a source and optionally
+    one named `mixture`, as in MUSDB18-HQ. Tracks lie in `train/`, `valid/` and `test/`, or all
+    directly in `root`, where they are for training. Validation tracks are those in `valid/`;
+    failing that, and unless `valid_fraction` is given, those of MUSDB's 14 that are present;
+    failing that, a fraction of the training tracks. Held-out tracks are drawn by the hash of seed
+    and name, so that a track keeps its split when others are added.
+
+    Parameters
+    ----------
+    root
+        The folder.
+    sources
+        Names of the sources, in order. Default: MUSDB's four.
+    valid_fraction
+        Chance of a training track to be held out for validation; at least one is, if positive.
+        Default: 0.1 where there is neither a `valid/` nor one of MUSDB's 14, and a track would be
+        left to train on.
+    test_fraction
+        The same for testing, for a corpus without `test/`.
+    seed
+        Draws other tracks.
+    num_channels
+        Channels that each file has, unless it has one.
+
+    Raises
+    ------
+    ValueError
+        If the folder is missing, empty or no corpus, two tracks share a name, no track has a
+        source that is asked for, or a fraction is out of range or cannot take effect. A track that
+        fails alone does not raise: it is in `Corpus.rejected`.
+    """
+    fractions = (valid_fraction or 0.0, test_fraction)
+    if min(fractions) < 0 or not sum(fractions) < 1:
+        raise ValueError(
+            f"--valid-fraction {fractions[0]} and --test-fraction {fractions[1]}: expected "
+            "fractions from 0 that leave something to train on"
+        )
+    entries, rejected = _list_entries(root)
+    names = _choose_sources(root, entries, sources)
+
+    def make(entry: _Entry) -> tuple[Track, TrackInfo] | MediaError:
+        try:
+            track = _make_track(entry, names)
+            return track, check_track(track, num_channels=num_channels)
+        except MediaError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:  # they wait for files, mostly
+        made = list(zip(entries, pool.map(make, entries), strict=True))
+    rejected += [(entry.name, str(bad)) for entry, bad in made if isinstance(bad, MediaError)]
+    checked = [good for _, good in made if not isinstance(good, MediaError)]
+    infos = {track.name: info for track, info in checked}
+    tracks = [track for track, _ in checked]
+    held_out = _hold_out(root, tracks, valid_fraction, test_fraction, seed)
+    tracks = [replace(track, split=held_out.get(track.name, track.split)) for track in tracks]
+    tracks.sort(key=lambda track: (SPLITS.index(track.split), track.name))
+    return Corpus(root, _kind(entries), names, tuple(tracks), tuple(sorted(rejected)), infos)
+
+
+def check_track(track: Track, *, num_channels: int = 2) -> TrackInfo:
+    """Read the headers of a track's files and compare them.
+
+    Lengths may differ by a codec frame (2048 samples) if one of the files is compressed in a
+    container (mp4, m4a, mp3), whose headers are no more exact than that, else by nothing.
+
+    Raises
+    ------
+    MediaError
+        If a file is missing, unreadable, empty or cut short, a stem file has other than 5 audio
+        streams, or the signals differ in rate or length or have a wrong number of channels.
+    """
+    signals = [*filter(None, [track.mixture]), *track.sources]
+    infos = probe_all(signals)
+    for signal, info in zip(signals, infos, strict=True):
+        if signal.path.name.endswith(STEM_SUFFIX) and info.num_streams != _STEM_STREAMS:
+            raise MediaError(
+                f"{signal.path}: has {info.num_streams} audio streams, expected the "
+                f"{_STEM_STREAMS} of a MUSDB stem file"
+            )
+        if info.num_channels not in (1, num_channels):
+            raise MediaError(
+                f"{signal}: has {info.num_channels} channels, expected {num_channels} or 1"
+            )
+    rates = [info.sample_rate_hz for info in infos]
+    if len(set(rates)) > 1:
+        raise MediaError(
+            f"its files differ in sample rate: {_list_each(signals, rates)} Hz; expected one rate"
+        )
+    lengths = [info.num_samples for info in infos]
+    tolerance = max(map(tolerance_samples, signals))
+    if max(lengths) - min(lengths) > tolerance:
+        raise MediaError(
+            f"its files differ in length: {_list_each(signals, lengths)} samples; expected equal "
+            f"lengths, to within {tolerance}"
+        )
+    return TrackInfo(min(lengths), rates[0], min(lengths) / rates[0])
+
+
+def _list_each(signals: Iterable[AudioStream], values: Iterable[int]) -> str:
+    def label(signal: AudioStream) -> str:
+        return signal.path.name if signal.stream is None else f"stream {signal.stream}"
+
+    return ", ".join(f"{label(s)} {v}" for s, v in zip(signals, values, strict=True))
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
+    """List what may be tracks, and reject what looks like one but is not."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; expected a corpus")
+    if not _visible(root):
+        raise ValueError(f"{root}: is an empty folder; expected a corpus")
+    folders = {split: root / split for split in SPLITS if (root / split).is_dir()}
+    if folders and (strays := [p for p in _visible(root) if p.name not in SPLITS and _holds(p)]):
+        raise ValueError(
+            f"{strays[0]}: holds sound files beside {', '.join(folders)}; move them into "
+            f"{', '.join(SPLITS)}, or out of the corpus"
+        )
+    entries, rejected = [], []
+    for split, folder in (folders or {"train": root}).items():
+        for path in _visible(folder):
+            sounds = _list_sounds(path)
+            if not path.name.isprintable():  # control characters, or bytes that are no UTF-8
+                rejected.append((ascii(path.name), "its name is not printable; rename it"))
+            elif path.name.endswith(STEM_SUFFIX):
+                entries.append(_Entry(path.name.removesuffix(STEM_SUFFIX), split, path, None))
+            elif sounds:
+                entries.append(_Entry(path.name, split, path, sounds))
+            elif path.is_dir():
+                rejected.append((path.name, f"{path}: holds no sound files; fill or remove it"))
+            elif path.suffix.lower() in AUDIO_SUFFIXES:
+                rejected.append((path.name, f"{path}: is a lone sound file, expected a folder"))
+    if not entries:
+        raise ValueError(
+            f"{root}: is no corpus; expected *{STEM_SUFFIX} files or a folder of sound files a "
+            f"track, in it or in its folders {', '.join(SPLITS)}"
+        )
+    counts = Counter(entry.name for entry in entries)
+    if twice := [name for name, count in sorted(counts.items()) if count > 1]:
+        raise ValueError(
+            f"{root}: has more than one track named {', '.join(map(repr, twice))}; rename them"
+        )
+    return entries, rejected
+
+
+def _list_sounds(folder: Path) -> dict[str, list[Path]]:
+    """List a folder's sound files by their stem's name."""
+    sounds: dict[str, list[Path]] = {}
+    for path in _visible(folder) if folder.is_dir() else ():
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            sounds.setdefault(path.stem, []).append(path)
+    return sounds
+
+
+def _holds(path: Path) -> bool:
+    """Tell whether a path is a track or holds one."""
+    inside = _visible(path) if path.is_dir() else ()
+    return any(p.name.endswith(STEM_SUFFIX) or _list_sounds(p) for p in (path, *inside))
+
+
+def _choose_sources(
+    root: Path, entries: Iterable[_Entry], asked: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the names asked for, or MUSDB's if there is a track that has them all."""
+    each = [MUSDB_SOURCES if entry.files is None else entry.files for entry in entries]
+    found = sorted({name for names in each for name in names} - {"mixture"})
+    listing = f"found {', '.join(found) or 'none'}"
+    if asked is None:
+        if not any(set(MUSDB_SOURCES) <= set(names) for names in each):
+            raise ValueError(
+                f"{root}: no track has all of {', '.join(MUSDB_SOURCES)} ({listing}); name the "
+                "corpus's own with --sources"
+            )
+        return MUSDB_SOURCES
+    if not asked or len(set(asked)) != len(asked) or "mixture" in asked:
+        raise ValueError(f"--sources {','.join(asked)}: expected different names, not 'mixture'")
+    if unknown := [name for name in asked if name not in found]:
+        raise ValueError(f"{root}: no track has a source {', '.join(unknown)} ({listing})")
+    return tuple(asked)
+
+
+def _make_track(entry: _Entry, sources: tuple[str, ...]) -> Track:
+    if entry.files is None:
+        if unknown := [name for name in sources if name not in MUSDB_SOURCES]:
+            raise MediaError(f"{entry.path}: a MUSDB stem file has no {', '.join(unknown)}")
+        streams = [AudioStream(entry.path, 1 + MUSDB_SOURCES.index(name)) for name in sources]
+        return Track(entry.name, entry.split, AudioStream(entry.path, 0), tuple(streams))
+    if missing := [name for name in sources if name not in entry.files]:
+        raise MediaError(
+            f"{entry.path}: has no file for {', '.join(missing)} (found {', '.join(entry.files)})"
+        )
+    chosen = {name: entry.files[name] for name in ("mixture", *sources) if name in entry.files}
+    if several := [path.name for paths in chosen.values() for path in paths if len(paths) > 1]:
+        raise MediaError(f"{entry.path}: has {', '.join(several)}; expected one file a source")
+    streams_by_name = {name: AudioStream(paths[0]) for name, paths in chosen.items()}
+    mixture = streams_by_name.get("mixture")
+    return Track(entry.name, entry.split, mixture, tuple(streams_by_name[s] for s in sources))
+
+
+def _kind(entries: Iterable[_Entry]) -> str:
+    def kind(entry: _Entry) -> str:
+        if entry.files is None:
+            return "musdb18"
+        wavs = {path.name for paths in entry.files.values() for path in paths}
+        is_hq = wavs == {f"{name}.wav" for name in ("mixture", *MUSDB_SOURCES)}
+        return "musdb18-hq" if is_hq else "folder"
+
+    kinds = {kind(entry) for entry in entries}
+    return kinds.pop() if len(kinds) == 1 else "folder"
+
+
+def _hold_out(
+    root: Path,
+    tracks: Sequence[Track],
+    valid_fraction: float | None,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, str]:
+    """Return the new split of each training track that is held out."""
+    for option, fraction in (("valid", valid_fraction), ("test", test_fraction or None)):
+        if fraction is not None and (root / option).is_dir():
+            raise ValueError(
+                f"--{option}-fraction {fraction}: {root} has a folder {option}; leave out either"
+            )
+    names = [track.name for track in tracks if track.split == "train"]
+    musdb: frozenset[str] = frozenset()
+    if valid_fraction is None and not (root / "valid").is_dir():
+        musdb = MUSDB_VALID_TRACKS.intersection(names)
+        if not musdb and len(names) > 1 + (test_fraction > 0):
+            valid_fraction = DEFAULT_VALID_FRACTION
+    valid_fraction = valid_fraction or 0.0
+    held_out = dict.fromkeys(musdb, "valid")
+    draws = sorted((_draw(name, seed), name) for name in names if name not in musdb)
+    free = [name for _, name in draws]
+    num_least = (test_fraction > 0) + (valid_fraction > 0)
+    if tracks and num_least and len(free) <= num_least:
+        raise ValueError(
+            f"{root}: has {len(free)} usable training tracks, expected more than {num_least} to "
+            "hold out from; leave out --valid-fraction and --test-fraction"
+        )
+
+    def num_below(fraction: float) -> int:
+        return sum(draw < fraction for draw, _ in draws)
+
+    # At least one track for each split that is asked for, and one that is left to train on.
+    num_test = num_held = 0
+    if test_fraction:
+        num_test = num_held = min(max(num_below(test_fraction), 1), len(free) - num_least)
+    if valid_fraction:
+        num_held = max(num_below(test_fraction + valid_fraction), num_test + 1)
+        num_held = min(num_held, len(free) - 1)
+    held_out |= dict.fromkeys(free[:num_test], "test")
+    held_out |= dict.fromkeys(free[num_test:num_held], "valid")
+    return held_out
+
+
+def _draw(name: str, seed: int) -> float:
+    """Draw a number from 0 to below 1 that depends on the name and the seed only."""
+    digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64

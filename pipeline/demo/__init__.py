@@ -1,0 +1,1 @@
+"""Compose and render a small corpus to try flsep on."""

@@ -1,0 +1,1 @@
+"""Run tasks in this process, on Dask workers or as batch jobs."""

@@ -1,0 +1,1 @@
+"""Render random mixes for the teacher."""

@@ -1,0 +1,1 @@
+"""Plan and build shards from a corpus."""

@@ -1,0 +1,1 @@
+"""Pretrained models whose embeddings inform the separator."""

@@ -1,0 +1,278 @@
+"""Build teachers for machines that cannot reach TensorFlow Hub."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flsep.pipeline.errors import TeacherError
+from flsep.pipeline.teachers import musicnn, vggish
+from flsep.pipeline.teachers.savedmodel import (
+    content_digest,
+    import_tensorflow,
+    one_line,
+    published_folder,
+)
+from flsep.pipeline.teachers.teacher import EACH, Teacher, TeacherInfo
+
+MUSICNN_REQUIREMENT = "musicnn==0.1.0"
+MUSICNN_SHA256 = "f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa"
+
+_MUSICNN_MODEL = "MTT_vgg"
+_MUSICNN_LICENCE = "musicnn-0.1.0.dist-info/LICENSE.md"
+_PIP_SECONDS = 600.0
+_SINE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class SineCheck:
+    """Embeddings of a 3 s, 1 kHz sine of amplitude 1, beside those of Google's released weights.
+
+    Attributes
+    ----------
+    mean, standard_deviation : float
+        Over all windows and dimensions.
+    """
+
+    mean: float
+    standard_deviation: float
+
+    RELEASED_MEAN = -0.0333
+    RELEASED_STANDARD_DEVIATION = 0.380
+
+    @property
+    def is_released(self) -> bool:
+        """Whether both numbers are within 10 % of the released weights'."""
+        return bool(
+            np.isclose(self.mean, self.RELEASED_MEAN, rtol=_SINE_TOLERANCE, atol=0)
+            and np.isclose(
+                self.standard_deviation,
+                self.RELEASED_STANDARD_DEVIATION,
+                rtol=_SINE_TOLERANCE,
+                atol=0,
+            )
+        )
+
+
+def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
+    """Build google/vggish/1 from Google's released checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : pathlib.Path
+        ``vggish_model.ckpt``, or the prefix of a checkpoint in several files.
+    out : pathlib.Path
+        Folder of the SavedModel; may hold the same one already.
+
+    Returns
+    -------
+    TeacherInfo
+        Of the teacher in `out`.
+
+    Raises
+    ------
+    TeacherError
+        If the checkpoint cannot be read or lacks a variable, or `out` holds something else.
+    """
+    tf = import_tensorflow()
+    variables = _read_checkpoint(tf, checkpoint, vggish.SHAPES, str(checkpoint))
+    return _export(tf, out, variables, {"__call__": vggish.embed, EACH: vggish.embed})
+
+
+def check_vggish(folder: Path) -> SineCheck:
+    """Measure what tells whether a VGGish holds Google's released weights.
+
+    Raises
+    ------
+    TeacherError
+        If `folder` holds no teacher.
+    """
+    times = np.arange(3 * vggish.SAMPLE_RATE_HZ) / vggish.SAMPLE_RATE_HZ
+    embedding = Teacher.load(folder)(np.sin(2 * np.pi * 1000 * times).astype(np.float32))
+    return SineCheck(float(embedding.mean()), float(embedding.std()))
+
+
+def export_musicnn(out: Path, *, wheel: Path | None = None) -> TeacherInfo:
+    """Build a teacher from the checkpoint that the package musicnn 0.1.0 carries.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+        Folder of the SavedModel; may hold the same one already. The package's licence lies in it.
+    wheel : pathlib.Path, optional
+        The package's wheel; by default pip downloads it.
+
+    Returns
+    -------
+    TeacherInfo
+        Of the teacher in `out`.
+
+    Raises
+    ------
+    TeacherError
+        If the wheel cannot be downloaded or is another one, or `out` holds something else.
+    """
+    tf = import_tensorflow()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        archive = _unpack_musicnn(wheel or _download_musicnn(folder), folder)
+        prefix = folder / "musicnn" / _MUSICNN_MODEL / "model"
+        variables = _read_checkpoint(tf, prefix, musicnn.SHAPES, str(archive))
+        licence = (folder / _MUSICNN_LICENCE).read_bytes()
+    functions = {"__call__": musicnn.embed, EACH: musicnn.embed, "tags": musicnn.tag}
+    return _export(tf, out, variables, functions, {"LICENSE.md": licence})
+
+
+def musicnn_tags(folder: Path, waveform: NDArray[np.float32]) -> list[tuple[str, float]]:
+    """Tag a waveform with a teacher that `export_musicnn` made.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The teacher.
+    waveform : float32 [sample]
+        Mono, 16 kHz, at least one window long.
+
+    Returns
+    -------
+    list of (str, float)
+        Tags and their likelihoods, the mean over windows; the likeliest first.
+
+    Raises
+    ------
+    TeacherError
+        If the teacher has no tags.
+    """
+    tf = import_tensorflow()
+    model = tf.saved_model.load(str(folder))
+    if not hasattr(model, "tags"):
+        raise TeacherError(f"teacher {folder}: has no tags, expected one of `export musicnn`")
+    likelihoods = model.tags(tf.constant(waveform)).numpy().mean(axis=0)
+    return sorted(
+        zip(musicnn.TAGS, map(float, likelihoods), strict=True), key=lambda item: -item[1]
+    )
+
+
+def _export(
+    tf: Any,
+    out: Path,
+    variables: Mapping[str, NDArray[np.float32]],
+    functions: Mapping[str, Callable[[Any, Mapping[str, Any], Any], Any]],
+    companions: Mapping[str, bytes] | None = None,
+) -> TeacherInfo:
+    """Save functions of (tf, variables, waveform) as one SavedModel that proved to be a teacher."""
+    with published_folder(out, lambda _, old: _embed_the_same(teacher, old)) as staging:
+        module = tf.Module()
+        module.parameters = {
+            name.replace("/", "."): tf.Variable(value, trainable=False, name=name)
+            for name, value in variables.items()
+        }
+        by_name = dict(zip(variables, module.parameters.values(), strict=True))
+        for name, function in functions.items():
+            shape = [None, None] if name == EACH else [None]
+            signature = [tf.TensorSpec(shape, tf.float32, name="waveform")]
+            bound = functools.partial(function, tf, by_name)
+            setattr(module, name, tf.function(bound, input_signature=signature))
+        try:
+            tf.saved_model.save(module, str(staging))
+        except tf.errors.OpError as error:
+            raise TeacherError(f"{out}: cannot be written ({one_line(error)})") from error
+        for name, content in (companions or {}).items():
+            (staging / name).write_bytes(content)
+        teacher = Teacher.load(staging)
+    return replace(teacher.info, handle=str(out), digest=content_digest(out))
+
+
+def _embed_the_same(new: Teacher, folder: Path) -> bool:
+    """Tell whether `folder` gives the same; equal exports may differ in the names of graphs."""
+    try:
+        old = Teacher.load(folder)
+    except TeacherError:
+        return False
+    if replace(new.info, handle="", digest="") != replace(old.info, handle="", digest=""):
+        return False
+    num_samples = new.info.window_samples + new.info.hop_samples
+    noise = np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)
+    return np.array_equal(new(noise), old(noise))
+
+
+def _read_checkpoint(
+    tf: Any, prefix: Path, shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> dict[str, NDArray[np.float32]]:
+    """Read the named variables of a TensorFlow 1 checkpoint; `origin` names it in errors."""
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        raise TeacherError(
+            f"{origin}: cannot be read as a TensorFlow checkpoint ({one_line(error)})"
+        ) from error
+    found = reader.get_variable_to_shape_map()
+    for name, shape in shapes.items():
+        if name not in found:
+            raise TeacherError(f"{origin}: the checkpoint has no variable {name}")
+        if tuple(found[name]) != shape:
+            raise TeacherError(
+                f"{origin}: the checkpoint's {name} is {list(found[name])}, expected {list(shape)}"
+            )
+    try:
+        return {name: reader.get_tensor(name) for name in shapes}
+    except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
+        raise TeacherError(f"{origin}: the checkpoint is damaged ({one_line(error)})") from error
+
+
+def _download_musicnn(folder: Path) -> Path:
+    """Let pip put the package's wheel into `folder`; its pins, which are outdated, do not count."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--retries", "1"]
+    command += ["--dest", str(folder), MUSICNN_REQUIREMENT]
+    remedy = f"or run `pip download --no-deps {MUSICNN_REQUIREMENT}` elsewhere and name the wheel"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TeacherError(
+            f"{MUSICNN_REQUIREMENT}: pip gave up after {_PIP_SECONDS:.0f} s; try again, {remedy}"
+        ) from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("ERROR:")), (lines or [""])[-1])
+        raise TeacherError(
+            f"{MUSICNN_REQUIREMENT}: pip cannot download it "
+            f"({one_line(reason.removeprefix('ERROR:'))}); give pip a way to an index, {remedy}"
+        )
+    return wheels[0]
+
+
+def _unpack_musicnn(wheel: Path, folder: Path) -> Path:
+    """Check a wheel's hash, unpack checkpoint and licence under `folder`; return the wheel."""
+    try:
+        content = wheel.read_bytes()
+    except OSError as error:
+        raise TeacherError(f"{wheel}: cannot be read ({error.strerror})") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != MUSICNN_SHA256:
+        raise TeacherError(
+            f"{wheel}: is not the wheel of {MUSICNN_REQUIREMENT}, its sha256 is {digest}, "
+            f"expected {MUSICNN_SHA256}"
+        )
+    model = f"musicnn/{_MUSICNN_MODEL}"
+    with zipfile.ZipFile(wheel) as package:
+        package.extract(_MUSICNN_LICENCE, folder)
+        # the checkpoint's files are named by their endings alone, which its reader does not take
+        for ending in (".index", ".data-00000-of-00001"):
+            package.extract(f"{model}/{ending}", folder)
+            (folder / model / ending).rename(folder / model / f"model{ending}")
+    return wheel

@@ -1,0 +1,426 @@
+"""Teachers: SavedModels that map a mono waveform to one embedding a window.
+
+The only loader. Windowing is not asked for but found, by calling the model as a black box; long
+waveforms are fed in chunks of whole windows, so that memory is bounded by the chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flsep.pipeline.errors import TeacherError
+from flsep.pipeline.teachers.savedmodel import (
+    VGGISH_HANDLE,
+    canonical_handle,
+    content_digest,
+    fetch,
+    import_tensorflow,
+    one_line,
+    resolve,
+)
+
+__all__ = [
+    "VGGISH_HANDLE",
+    "Teacher",
+    "TeacherError",
+    "TeacherInfo",
+    "content_digest",
+    "fetch",
+    "resolve",
+]
+
+SAMPLE_RATE_HZ = 16000
+_SHORTEST_PROBE_SAMPLES = SAMPLE_RATE_HZ
+_LONGEST_PROBE_SAMPLES = 64 * SAMPLE_RATE_HZ  # two windows must fit
+_NUM_CHECKED_WINDOWS = 5
+_CHUNK_TOLERANCE = 1e-3  # relative to the largest embedding value
+EACH = "each"
+"""A teacher may have a function of this name: float32 [waveform, sample] -> [window, dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherInfo:
+    """What a teacher is, and how it cuts audio into windows.
+
+    Attributes
+    ----------
+    handle : str
+        Address or folder that it was loaded from.
+    digest : str
+        `content_digest` of its folder.
+    sample_rate_hz : int
+        Of the waveform that it takes.
+    dim : int
+        Length of an embedding.
+    window_samples, hop_samples : int
+        Window ``w`` covers the samples from ``w * hop_samples``, ``window_samples`` of them.
+    """
+
+    handle: str
+    digest: str
+    sample_rate_hz: int
+    dim: int
+    window_samples: int
+    hop_samples: int
+
+
+class Teacher:
+    """A loaded teacher; `Teacher.load` makes one.
+
+    Attributes
+    ----------
+    info : TeacherInfo
+        Identity and windowing.
+    batch_windows : int
+        Most windows that the model sees at once.
+    """
+
+    info: TeacherInfo
+    batch_windows: int
+
+    def __init__(self, model: Any, info: TeacherInfo, *, batch_windows: int) -> None:
+        self._model = model
+        self.info = info
+        self.batch_windows = batch_windows
+
+    @classmethod
+    def load(
+        cls,
+        handle: str | os.PathLike[str],
+        *,
+        batch_windows: int = 128,
+        num_threads: int | None = None,
+        info: TeacherInfo | None = None,
+    ) -> Teacher:
+        """Load a teacher and find out how it cuts audio into windows.
+
+        Parameters
+        ----------
+        handle : str or path
+            As `resolve` takes it.
+        batch_windows : int
+            Most windows that the model sees at once.
+        num_threads : int, optional
+            Threads of TensorFlow in this process; by default as many as there are cores.
+        info : TeacherInfo, optional
+            What an earlier load of the same teacher found: its windows are not looked for again.
+            Compare the digest of the result with that of `info`.
+
+        Returns
+        -------
+        Teacher
+            Ready to be called.
+
+        Raises
+        ------
+        TeacherError
+            If it cannot be found, downloaded or loaded, or is no teacher: a function of float32
+            [sample] that returns finite float32 [window, dim], where a window's embedding depends
+            on that window alone.
+        ValueError
+            If `num_threads` comes too late because TensorFlow runs already.
+        """
+        if batch_windows < 1:
+            raise ValueError(f"batch_windows is {batch_windows}, expected 1 or more")
+        name = canonical_handle(handle)
+        folder = resolve(handle)
+        tf = import_tensorflow()
+        _configure(tf, num_threads)
+        import tensorflow_hub
+
+        try:
+            model = tensorflow_hub.load(str(folder))
+        except Exception as error:  # the loader raises whatever a damaged file leads it into
+            raise TeacherError(
+                f"teacher {name}: {folder} cannot be loaded as a SavedModel ({one_line(error)}); "
+                "delete that folder and make or download it again"
+            ) from error
+        function = _Function(name, model)
+        digest = content_digest(folder)
+        if info is not None:
+            return cls(function, replace(info, digest=digest), batch_windows=batch_windows)
+        window_samples, hop_samples, dim = _find_windows(function)
+        info = TeacherInfo(
+            handle=name,
+            digest=digest,
+            sample_rate_hz=SAMPLE_RATE_HZ,
+            dim=dim,
+            window_samples=window_samples,
+            hop_samples=hop_samples,
+        )
+        _check_chunks(function, info)
+        return cls(function, info, batch_windows=batch_windows)
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed a waveform.
+
+        Parameters
+        ----------
+        waveform : float32 [sample]
+            Mono, at ``info.sample_rate_hz``, in -1..1.
+
+        Returns
+        -------
+        float32 [window, dim]
+            One embedding for each window that lies inside the waveform.
+
+        Raises
+        ------
+        ValueError
+            If the waveform is not float32 [sample] or is shorter than one window.
+        TeacherError
+            If an embedding is not finite.
+        """
+        if waveform.ndim != 1 or waveform.dtype != np.float32:
+            raise ValueError(
+                f"teacher {self.info.handle}: found a waveform {waveform.dtype} "
+                f"{list(waveform.shape)}, expected float32 [sample]"
+            )
+        if len(waveform) < self.info.window_samples:
+            raise ValueError(
+                f"teacher {self.info.handle}: found a waveform of {len(waveform)} samples, "
+                f"expected at least one window of {self.info.window_samples} "
+                f"at {self.info.sample_rate_hz} Hz"
+            )
+        return _embed_in_chunks(self._model, self.info, waveform, self.batch_windows)
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed short waveforms of one length, in large batches where the model can do that.
+
+        Parameters
+        ----------
+        waveforms : float32 [waveform, sample]
+            Mono, at ``info.sample_rate_hz``, in -1..1, at least one window long.
+
+        Returns
+        -------
+        float32 [waveform, window, dim]
+            One embedding for each window that lies inside a waveform.
+
+        Raises
+        ------
+        ValueError
+            If the waveforms are shorter than one window.
+        TeacherError
+            If an embedding is not finite.
+        """
+        info = self.info
+        num_windows = 1 + (waveforms.shape[1] - info.window_samples) // info.hop_samples
+        if not self._model.has_each or num_windows < 1:
+            return np.stack([self(waveform) for waveform in waveforms])
+        at_once = max(1, self.batch_windows // num_windows)
+        parts = [
+            self._model.embed_each(waveforms[first : first + at_once])
+            for first in range(0, len(waveforms), at_once)
+        ]
+        return np.concatenate(parts).reshape(len(waveforms), num_windows, info.dim)
+
+
+@lru_cache(maxsize=1)
+def load_once(folder: Path, info: TeacherInfo, num_threads: int | None) -> Teacher:
+    """Load a teacher once in a process.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Where it is.
+    info : TeacherInfo
+        What the run found it to be.
+    num_threads : int, optional
+        As for `Teacher.load`.
+
+    Raises
+    ------
+    ValueError
+        If it is no longer the same.
+    """
+    teacher = Teacher.load(str(folder), num_threads=num_threads, info=info)
+    if teacher.info.digest != info.digest:
+        raise ValueError(
+            f"{folder}: the teacher changed while the run was going on; start again with one "
+            "teacher"
+        )
+    return teacher
+
+
+class _Function:
+    """The model's function, its result checked at every call."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        if not callable(model):
+            signatures = ", ".join(getattr(model, "signatures", {})) or "none"
+            raise TeacherError(
+                f"teacher {name}: the SavedModel is not callable (its signatures: {signatures}), "
+                "expected a function of float32 [sample]"
+            )
+        self.name = name
+        self._model = model
+        self._tf = import_tensorflow()
+
+    @property
+    def has_each(self) -> bool:
+        """Whether the model takes several waveforms at once."""
+        return callable(getattr(self._model, EACH, None))
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed waveforms of one length, float32 [window, dim], those of the first one first."""
+        return self._check(getattr(self._model, EACH)(self._tf.constant(waveforms)), waveforms)
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._check(self._model(self._tf.constant(waveform)), waveform)
+
+    def _check(self, result: Any, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not self._tf.is_tensor(result):
+            raise TeacherError(
+                f"teacher {self.name}: returns a {type(result).__name__}, "
+                "expected one tensor float32 [window, dim]"
+            )
+        if result.dtype != self._tf.float32 or len(result.shape) != 2:
+            raise TeacherError(
+                f"teacher {self.name}: returns {result.dtype.name} {result.shape.as_list()} for "
+                f"float32 {list(waveform.shape)}, expected float32 [window, dim]"
+            )
+        embedding: NDArray[np.float32] = result.numpy()
+        if not np.isfinite(embedding).all():
+            raise TeacherError(
+                f"teacher {self.name}: returns values that are not finite "
+                f"for {waveform.size} samples of audio"
+            )
+        return embedding
+
+    def count_windows(self, waveform: NDArray[np.float32]) -> int:
+        """Count the windows of a short probe; a model may refuse one that is too short."""
+        try:
+            return len(self(waveform))
+        except TeacherError:
+            raise
+        except Exception:  # a black box: which error says "too short" is its own affair
+            return 0
+
+    def describe_input(self) -> str:
+        """Name the input that the SavedModel's function was made for."""
+        functions = getattr(self._model.__call__, "concrete_functions", [])
+        inputs = {str(spec) for f in functions for spec in f.structured_input_signature[0]}
+        return " or ".join(sorted(inputs)) or "nothing known"
+
+
+def _configure(tf: Any, num_threads: int | None) -> None:
+    """Set threads and GPU memory growth, which both must come before TensorFlow starts."""
+    threading = tf.config.threading
+    # TensorFlow's own choice, 0, is every core that the process may use.
+    running = threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
+    try:
+        for gpu in tf.config.list_physical_devices("GPU"):
+            if not tf.config.experimental.get_memory_growth(gpu):
+                tf.config.experimental.set_memory_growth(gpu, True)
+        if num_threads is not None and num_threads != running:
+            threading.set_intra_op_parallelism_threads(num_threads)
+            threading.set_inter_op_parallelism_threads(1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"num_threads={num_threads} or GPU memory growth cannot take effect, TensorFlow runs "
+            f"already in this process with {running} threads; load the teacher before anything "
+            "else uses TensorFlow, or in a process of its own"
+        ) from error
+
+
+def _find_windows(function: _Function) -> tuple[int, int, int]:
+    """Find window, hop (both in samples) and dimension by calling the model on noise."""
+    noise = _noise(_LONGEST_PROBE_SAMPLES)
+    long = _SHORTEST_PROBE_SAMPLES
+    while function.count_windows(noise[:long]) < 2:
+        long *= 2
+        if long > _LONGEST_PROBE_SAMPLES:
+            raise _refusal(function, noise)
+    window_samples = _fewest_samples(function, noise[:long], 1)
+    two_windows = _fewest_samples(function, noise[:long], 2, more_than=window_samples)
+    dim = function(noise[:window_samples]).shape[1]
+    return window_samples, two_windows - window_samples, dim
+
+
+def _fewest_samples(
+    function: _Function, noise: NDArray[np.float32], num_windows: int, more_than: int = 0
+) -> int:
+    """Bisect for the shortest part of `noise`, which is long enough, that gives `num_windows`."""
+    low, high = more_than, len(noise)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if function.count_windows(noise[:middle]) >= num_windows:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _refusal(function: _Function, noise: NDArray[np.float32]) -> TeacherError:
+    """Say why a model gave fewer than two windows for the longest probe."""
+    try:
+        found = f"gives {len(function(noise))} windows for {len(noise)} samples, expected 2 or more"
+        cause = None
+    except Exception as error:
+        found = (
+            f"takes {function.describe_input()}, expected float32 [sample] "
+            f"(calling it with that: {one_line(error)})"
+        )
+        cause = error
+    refusal = TeacherError(f"teacher {function.name}: {found}")
+    refusal.__cause__ = cause
+    return refusal
+
+
+def _check_chunks(function: _Function, info: TeacherInfo) -> None:
+    """Raise TeacherError unless chunks of two windows give what the whole gives."""
+    num_samples = info.window_samples + _NUM_CHECKED_WINDOWS * info.hop_samples - 1
+    waveform = _noise(num_samples)
+    whole = function(waveform)
+    if len(whole) != _NUM_CHECKED_WINDOWS:
+        raise TeacherError(
+            f"teacher {info.handle}: gives {len(whole)} windows for {num_samples} samples, "
+            f"expected {_NUM_CHECKED_WINDOWS} of {info.window_samples} samples, one every "
+            f"{info.hop_samples}"
+        )
+    difference = np.abs(whole - _embed_in_chunks(function, info, waveform, 2)).max()
+    largest = np.abs(whole).max()
+    if function.has_each:
+        each = function.embed_each(np.stack([waveform, -waveform]))[:_NUM_CHECKED_WINDOWS]
+        if each.shape != whole.shape or np.abs(each - whole).max() > _CHUNK_TOLERANCE * largest:
+            raise TeacherError(
+                f"teacher {info.handle}: its function {EACH!r} gives other embeddings than the "
+                "teacher itself; expected those of the first waveform, then those of the next"
+            )
+    if difference > _CHUNK_TOLERANCE * largest:
+        raise TeacherError(
+            f"teacher {info.handle}: is not shift-invariant, chunks of audio give embeddings that "
+            f"differ by {difference:.3g} of {largest:.3g}; expected windows that depend on their "
+            f"own {info.window_samples} samples alone"
+        )
+
+
+def _embed_in_chunks(
+    function: _Function, info: TeacherInfo, waveform: NDArray[np.float32], batch_windows: int
+) -> NDArray[np.float32]:
+    window_samples, hop_samples = info.window_samples, info.hop_samples
+    num_windows = 1 + (len(waveform) - window_samples) // hop_samples
+    embedding = np.empty((num_windows, info.dim), np.float32)
+    for first in range(0, num_windows, batch_windows):
+        stop = min(first + batch_windows, num_windows)
+        chunk = waveform[first * hop_samples : (stop - 1) * hop_samples + window_samples]
+        part = function(chunk)
+        if part.shape != (stop - first, info.dim):
+            raise TeacherError(
+                f"teacher {info.handle}: returns {list(part.shape)} for {len(chunk)} samples, "
+                f"expected {[stop - first, info.dim]}"
+            )
+        embedding[first:stop] = part
+    return embedding
+
+
+def _noise(num_samples: int) -> NDArray[np.float32]:
+    return 0.1 * np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""The ways to inform a separator's latent."""

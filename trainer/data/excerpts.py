@@ -1,0 +1,219 @@
+"""Which excerpts there are: each depends on (seed, epoch, index) alone.
+
+Excerpts start on the teacher's grid: an excerpt that starts at window ``k`` starts at the first
+frame of that window.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flsep.cache import Draw, Grid, RandomMixes, RenderedMixes, TrackRecord
+from flsep.trainer.config import DataConfig
+from flsep.trainer.errors import DataError
+from flsep.trainer.parallel import Part
+
+
+def smallest_batch(num_excerpts: int, batch_size: int) -> int:
+    """Return how many excerpts the last batch of an epoch has: the others have `batch_size`."""
+    return num_excerpts - (num_excerpts - 1) // batch_size * batch_size
+
+
+class Excerpts(Protocol):
+    """Which excerpts an epoch has."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        """Return one excerpt of an epoch; it depends on nothing but the arguments and the seed."""
+
+
+def draw_excerpts(
+    grid: Grid,
+    tracks: Sequence[TrackRecord],
+    config: DataConfig,
+    seed: int,
+    rendered: RenderedMixes | None = None,
+) -> Excerpts:
+    """Return the training excerpts under the mixing that is wanted.
+
+    Parameters
+    ----------
+    grid : Grid
+        Says where excerpts can start.
+    tracks : sequence of TrackRecord
+        Those of the training split that can hold an excerpt.
+    config : DataConfig
+        Mixing, number of excerpts, gain, swap.
+    seed : int
+        Decides the excerpts, unless they are rendered.
+    rendered : RenderedMixes, optional
+        Of these tracks.
+
+    Raises
+    ------
+    DataError
+        If rendered mixes are missing, not wanted, or made with other settings.
+    CacheError
+        If files of them are missing or truncated.
+    """
+    if config.mixing == "rendered":
+        if rendered is None:
+            raise DataError(
+                "--mixing rendered: say with --mixes where flsep-precompute mixes wrote them"
+            )
+        _check_rendered(rendered, config)
+        return rendered
+    if rendered is not None:
+        raise DataError(f"--mixes {rendered.mixes.folder}: use it with --mixing rendered")
+    if config.mixing == "original":
+        return OriginalExcerpts(
+            grid,
+            tracks,
+            excerpts_per_track=config.excerpts_per_track,
+            swap_probability=config.swap_probability,
+            seed=seed,
+        )
+    return RandomMixes(
+        grid,
+        tracks,
+        mixes_per_track=config.excerpts_per_track,
+        min_gain=config.min_gain,
+        max_gain=config.max_gain,
+        swap_probability=config.swap_probability,
+        seed=seed,
+    )
+
+
+def _check_rendered(rendered: RenderedMixes, config: DataConfig) -> None:
+    mixes = rendered.mixes
+    if mixes.config.split != "train":
+        raise DataError(
+            f"{mixes.folder}: mixes of the split {mixes.config.split!r}, not of 'train'"
+        )
+    gains = ("min_gain", "max_gain", "swap_probability")
+    for name in ("excerpt_seconds", "excerpts_per_track", *gains):
+        wanted, found = getattr(config, name), getattr(mixes.config, name)
+        if wanted != found:
+            raise DataError(
+                f"{mixes.folder}: rendered with {name} {found:g}, the training has {wanted:g}; use "
+                f"--set data.{name}={found:g}, or render others"
+            )
+    mixes.check_files()
+
+
+class OriginalExcerpts:
+    """Excerpts of the tracks as they are: as many of each in every epoch, in random order.
+
+    Both channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs
+    to the unchanged mixture.
+
+    Parameters
+    ----------
+    grid : Grid
+        Says where excerpts can start.
+    tracks : sequence of TrackRecord
+        Tracks that can hold an excerpt.
+    excerpts_per_track : int
+        An epoch has this many of each.
+    swap_probability : float
+        Of reversing the order of the channels.
+    seed : int
+        With the epoch and the index it decides an excerpt.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        tracks: Sequence[TrackRecord],
+        *,
+        excerpts_per_track: int,
+        swap_probability: float,
+        seed: int,
+    ) -> None:
+        self._tracks = [(track, grid.starts(track)) for track in tracks]
+        self._excerpts_per_track = excerpts_per_track
+        self._swap_probability = swap_probability
+        self._seed = seed
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._tracks) * self._excerpts_per_track
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        """Draw one excerpt."""
+        # 1 + index: with index 0 the entropy would be that of the epoch's shuffle.
+        rng = np.random.default_rng((self._seed, epoch, 1 + index))
+        track, starts = self._tracks[self._shuffle(epoch)[index] // self._excerpts_per_track]
+        place = (track, starts[rng.integers(len(starts))])
+        return Draw((place,), (bool(rng.random() < self._swap_probability),), None)
+
+    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self))
+            self._order = epoch, order
+        return self._order[1]
+
+
+class ConsecutiveExcerpts:
+    """The validation excerpts: whole tracks, as they are, the same in every epoch.
+
+    Each excerpt starts at the last window that leaves no gap to the one before, and the last one
+    of a track as late as it can; all are equally long and count the same.
+    """
+
+    def __init__(self, grid: Grid, tracks: Sequence[TrackRecord]) -> None:
+        self._tracks = tracks
+        self._last = np.array([len(grid.starts(track)) - 1 for track in tracks], np.int64)
+        # Tracks differ only in where they end: all start at the windows of one path.
+        longest = int(self._last.max(initial=0))
+        path = [0]
+        while path[-1] < longest:
+            end = grid.first_frame(path[-1]) + grid.num_frames
+            following = grid.last_start(end)
+            path.append(min(max(path[-1] + 1, following), longest))
+        self._path = np.array(path, np.int64)
+        self._ends = np.cumsum(np.searchsorted(self._path, self._last) + 1)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        """Return one excerpt."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"excerpt {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, "right"))
+        position = index - (int(self._ends[number - 1]) if number else 0)
+        window = min(int(self._path[position]), int(self._last[number]))
+        return Draw(((self._tracks[number], window),), (False,), None)
+
+
+class BatchesOfRank:
+    """Whole batches for each process in turn, where no step makes the processes wait.
+
+    Parameters
+    ----------
+    excerpts : Excerpts
+        Of all processes.
+    batch_size : int
+        Excerpts in a batch.
+    part : Part
+        Which process this is.
+    """
+
+    def __init__(self, excerpts: Excerpts, batch_size: int, part: Part) -> None:
+        self._excerpts, self._batch_size, self._part = excerpts, batch_size, part
+
+    def __len__(self) -> int:
+        num_batches, rest = divmod(len(self._excerpts), self._batch_size)
+        own = len(range(self._part.rank, num_batches, self._part.num_ranks)) * self._batch_size
+        has_rest = num_batches % self._part.num_ranks == self._part.rank
+        return own + rest * has_rest
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        """Return one excerpt of this process's batches."""
+        batch, place = divmod(index, self._batch_size)
+        batch = batch * self._part.num_ranks + self._part.rank
+        return self._excerpts.draw(epoch, batch * self._batch_size + place)

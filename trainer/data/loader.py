@@ -1,0 +1,119 @@
+"""Read the batches of an epoch ahead of their use."""
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from flsep.cache import Draw
+from flsep.trainer.data.batch import Batch
+from flsep.trainer.data.excerpts import Excerpts
+from flsep.trainer.data.reader import Reader
+from flsep.trainer.parallel import Part
+
+_BATCHES_AHEAD = 2
+
+
+class _Transfer:
+    """Moves batches to a GPU on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device)
+            return moved, self._stream.record_event()
+
+    def finish(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        """Make the consumer's stream wait for the copy, and the allocator for the consumer."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        batch.buffer.record_stream(stream)
+        return batch
+
+
+def load_batches(
+    reader: Reader,
+    excerpts: Excerpts,
+    *,
+    epoch: int,
+    batch_size: int,
+    num_workers: int,
+    first: int = 0,
+    part: Part = Part(),  # noqa: B008 - immutable
+    device: torch.device | None = None,
+) -> Generator[Batch, None, None]:
+    """Read the batches of an epoch in order, a few ahead of their use.
+
+    On a GPU they are there when they are handed over: `next` makes the current stream wait for
+    the copy, which mostly has finished long before. CUDA events recorded on that stream before
+    and after `next` tell how long the device waited, for the copy or for the excerpts themselves.
+
+    Parameters
+    ----------
+    reader, excerpts
+        What to read.
+    epoch : int
+        Which epoch.
+    batch_size : int
+        Excerpts in a batch; the last one of an epoch may have fewer (see `smallest_batch`).
+    num_workers : int
+        Threads that read ahead; 0 reads when a batch is asked for. The batches are the same.
+    first : int
+        Number of the first batch wanted.
+    part : Part
+        Which part of each batch to read; a batch whose part is empty is left out.
+    device : torch.device, optional
+        Where the batches are wanted; in main memory when not given.
+
+    Raises
+    ------
+    CacheError
+        For damaged shards, when the batch is due.
+    """
+    transfer = _Transfer(device) if device is not None and device.type == "cuda" else None
+
+    def plan() -> Iterator[tuple[Batch, list[Draw]]]:
+        for number in range(first, -(-len(excerpts) // batch_size)):
+            whole = range(number * batch_size, min((number + 1) * batch_size, len(excerpts)))
+            draws = [excerpts.draw(epoch, index) for index in part.share(whole)]
+            if draws:
+                pin = transfer is not None
+                yield reader.allocate(draws, pin=pin, num_in_all=len(whole)), draws
+
+    def complete(
+        batch: Batch, filling: list[Future[None]]
+    ) -> tuple[Batch, torch.cuda.Event | None]:
+        for excerpt in filling:
+            excerpt.result()
+        return (batch, None) if transfer is None else transfer.start(batch)
+
+    def hand_over(batch: Batch, copied: torch.cuda.Event | None) -> Batch:
+        return batch if transfer is None or copied is None else transfer.finish(batch, copied)
+
+    if num_workers == 0:
+        for batch, draws in plan():
+            for slot, draw in enumerate(draws):
+                reader.fill(batch, slot, draw)
+            yield hand_over(*complete(batch, []))
+        return
+    readers = ThreadPoolExecutor(num_workers, thread_name_prefix="flsep-read")
+    completer = ThreadPoolExecutor(1, thread_name_prefix="flsep-read")
+    ahead: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
+    try:
+        for batch, draws in plan():
+            filling = [
+                readers.submit(reader.fill, batch, slot, draw) for slot, draw in enumerate(draws)
+            ]
+            ahead.append(completer.submit(complete, batch, filling))
+            del batch, filling  # nothing but the future keeps what was read
+            if len(ahead) > _BATCHES_AHEAD:
+                yield hand_over(*ahead.popleft().result())
+        while ahead:
+            yield hand_over(*ahead.popleft().result())
+    finally:
+        readers.shutdown(cancel_futures=True)
+        completer.shutdown(cancel_futures=True)

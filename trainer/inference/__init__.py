@@ -1,0 +1,1 @@
+"""Separate audio files with a trained model."""

@@ -1,0 +1,201 @@
+"""Read any audio file block by block at a wanted rate, and write wav files that appear complete."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flsep.trainer.errors import AudioError
+
+if TYPE_CHECKING:
+    import av
+
+AUDIO_SUFFIXES = frozenset(
+    {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".mp4"}
+    | {".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"}
+)
+_INSTALL = "run `pip install flsep[trainer]`"
+# These containers say how long they are; the length of the others is FFmpeg's guess.
+_KNOW_THEIR_LENGTH = {"wav", "flac", "ogg", "aiff", "mov,mp4,m4a,3gp,3g2,mj2"}
+_MISSING_SECONDS = 0.5
+_UNKNOWN_BYTES = 0x7FFFF000
+
+
+def read_blocks(
+    path: Path, *, sample_rate_hz: int, num_channels: int
+) -> Iterator[NDArray[np.float32]]:
+    """Decode the first audio stream of a file with FFmpeg's libraries, resampled by swresample.
+
+    Parameters
+    ----------
+    path : Path
+        Any format that FFmpeg reads.
+    sample_rate_hz : int
+        Wanted rate.
+    num_channels : int
+        Wanted channels; mono is duplicated, anything else must have as many.
+
+    Yields
+    ------
+    ndarray
+        float32 [channel, sample], full scale 1; of any length.
+
+    Raises
+    ------
+    AudioError
+        If the file cannot be decoded to its end, holds no audio, NaN or infinity, or has another
+        number of channels.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise AudioError(f"reading audio needs PyAV ({error}): {_INSTALL}") from error
+    num_samples = 0
+    _check_riff(path)
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.audio:
+                raise AudioError(f"{path}: holds no audio")
+            stream = container.streams.audio[0]
+            if stream.channels not in (1, num_channels):
+                raise AudioError(
+                    f"{path}: has {stream.channels} channels, the separator takes {num_channels} "
+                    "or mono; mix it down first"
+                )
+            declared_seconds = _declared_seconds(container, stream)
+            most_samples = round(declared_seconds * sample_rate_hz) or sys.maxsize
+            resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
+            for frame in _frames_and_end(container.decode(stream)):
+                for resampled in resampler.resample(frame):
+                    block = resampled.to_ndarray().astype(np.float32, copy=False)
+                    if not np.isfinite(block).all():
+                        raise AudioError(f"{path}: holds NaN or infinity; repair it")
+                    # Codecs with frames of a fixed size go beyond the end.
+                    block = block[:, : most_samples - num_samples]
+                    num_samples += block.shape[1]
+                    yield np.broadcast_to(block, (num_channels, block.shape[1]))
+    except av.FFmpegError as error:
+        raise AudioError(f"{path}: cannot be decoded ({error.strerror}); damaged?") from error
+    seconds = num_samples / sample_rate_hz
+    if seconds < declared_seconds - _MISSING_SECONDS:
+        raise AudioError(
+            f"{path}: holds {seconds:.2f} of the {declared_seconds:.2f} s that it declares; "
+            "cut short, replace it"
+        )
+    if not num_samples:
+        raise AudioError(f"{path}: has no samples")
+
+
+def _check_riff(path: Path) -> None:
+    """Refuse a wav file that is shorter than its header says: FFmpeg takes it as it is."""
+    if path.suffix.lower() != ".wav" or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        header = file.read(8)
+    declared_bytes = int.from_bytes(header[4:], "little")
+    found_bytes = path.stat().st_size - 8
+    # The last pad byte is often left out; programs that write to a pipe declare the utmost.
+    if header[:4] == b"RIFF" and found_bytes + 1 < declared_bytes < _UNKNOWN_BYTES:
+        raise AudioError(
+            f"{path}: holds {found_bytes} of the {declared_bytes} bytes that it declares; "
+            "cut short, replace it"
+        )
+
+
+def _frames_and_end(frames: Iterator["av.AudioFrame"]) -> Iterator["av.AudioFrame | None"]:
+    """Pass frames on, then None, which makes a resampler give what it still holds."""
+    num_frames = 0
+    for frame in frames:
+        num_frames += 1
+        yield frame
+    if num_frames:
+        yield None
+
+
+def _declared_seconds(container: Any, stream: Any) -> float:
+    """Return how long a stream says it is, 0 if it does not."""
+    if container.format.name not in _KNOW_THEIR_LENGTH or stream.duration is None:
+        return 0.0
+    return float(stream.duration * stream.time_base)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+class WavWriters:
+    """Write one wav file a source, block by block; they get their names when all are complete.
+
+    The samples are 32-bit floats: an estimate may exceed full scale, and must not clip.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if needed.
+    names : sequence of str
+        ``<name>.wav`` each.
+    sample_rate_hz, num_channels : int
+        Of the audio.
+
+    Raises
+    ------
+    AudioError
+        If the files cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, sample_rate_hz: int, num_channels: int
+    ) -> None:
+        try:
+            import soundfile
+        except (ImportError, OSError) as error:
+            raise AudioError(f"writing audio needs soundfile ({error}): {_INSTALL}") from error
+        self._error = soundfile.LibsndfileError
+        self._stack = ExitStack()
+        self._paths: dict[Path, Path] = {}
+        self._files: list[Any] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stack.callback(_remove_if_empty, folder)
+            for name in names:
+                part = folder / f".{name}.{os.getpid()}.part"
+                self._paths[part] = folder / f"{name}.wav"
+                self._stack.callback(part.unlink, missing_ok=True)
+                file = soundfile.SoundFile(
+                    part, "w", sample_rate_hz, num_channels, format="WAV", subtype="FLOAT"
+                )
+                self._files.append(self._stack.enter_context(file))
+        except (OSError, soundfile.LibsndfileError) as error:
+            self._stack.close()
+            raise AudioError(f"cannot write into {folder} ({error})") from error
+
+    def write(self, estimates: NDArray[np.float32]) -> None:
+        """Append a block, float32 [source, channel, sample]."""
+        for file, estimate in zip(self._files, estimates, strict=True):
+            try:
+                file.write(estimate.T)
+            except self._error as error:
+                raise AudioError(f"{file.name}: cannot be written ({error})") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._stack:
+            if kind is None:
+                for file in self._files:
+                    file.close()
+                for part, path in self._paths.items():
+                    part.replace(path)

@@ -1,0 +1,105 @@
+"""The teacher's embeddings of an audio file, for models that need them to separate.
+
+The only place where the trainer calls the pipeline, and only if that is installed.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flsep.trainer.errors import InferenceError
+from flsep.trainer.inference.audio import read_blocks
+from flsep.trainer.inference.separate import TrackSeparator
+
+_WINDOWS_AT_A_TIME = 64
+
+Embed = Callable[[Path], NDArray[np.float32]]
+"""Audio file -> the teacher's embedding of each window, float32 [window, dim]."""
+
+
+def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | None:
+    """Return what embeds a file for a model that needs it, else None.
+
+    Parameters
+    ----------
+    separator : TrackSeparator
+        The model.
+    teacher : str or None
+        Where the teacher is; None takes the one that the shards were made with.
+
+    Raises
+    ------
+    InferenceError
+        If the pipeline is not installed, the teacher is another one, or none is needed.
+    """
+    layout = separator.layout
+    if not separator.needs_teacher:
+        if teacher is not None:
+            raise InferenceError(
+                f"--teacher: a model trained with {separator.config.approach.name} needs none"
+            )
+        return None
+    try:
+        pipeline = importlib.import_module("flsep.pipeline.teachers.teacher")
+        importlib.metadata.version("tensorflow-hub")
+    except ImportError as error:
+        raise InferenceError(
+            f"a model trained with concat needs its teacher to separate, and {error.name} is not "
+            "installed: run `pip install flsep[pipeline]`"
+        ) from error
+    loaded = pipeline.Teacher.load(teacher or layout.teacher)
+    if loaded.info.digest != layout.teacher_digest:
+        raise InferenceError(
+            f"the teacher {loaded.info.handle} has the digest {loaded.info.digest[:12]}..., the "
+            f"model was trained with {layout.teacher} of {layout.teacher_digest[:12]}...: "
+            "give that one with --teacher"
+        )
+
+    def embed(path: Path) -> NDArray[np.float32]:
+        info = loaded.info
+        blocks = read_blocks(
+            path, sample_rate_hz=info.sample_rate_hz, num_channels=layout.num_channels
+        )
+        return embed_blocks(loaded, blocks, info.window_samples, info.hop_samples)
+
+    return embed
+
+
+def embed_blocks(
+    teacher: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    blocks: Iterable[NDArray[np.float32]],
+    window_samples: int,
+    hop_samples: int,
+) -> NDArray[np.float32]:
+    """Embed the mono downmix of a waveform that comes in blocks, a few windows at a time.
+
+    Parameters
+    ----------
+    teacher : callable
+        float32 [sample] -> float32 [window, dim].
+    blocks : iterable of ndarray
+        float32 [channel, sample] at the teacher's rate.
+    window_samples, hop_samples : int
+        Of the teacher.
+
+    Returns
+    -------
+    ndarray
+        float32 [window, dim], of every window that lies inside the waveform.
+    """
+    step = _WINDOWS_AT_A_TIME * hop_samples
+    enough = step - hop_samples + window_samples
+    embeddings = []
+    buffer = np.zeros(0, np.float32)
+    for block in blocks:
+        buffer = np.concatenate([buffer, block.mean(axis=0, dtype=np.float32)])
+        while len(buffer) >= enough:
+            embeddings.append(teacher(buffer[:enough]))
+            buffer = buffer[step:]
+    if len(buffer) >= window_samples:
+        embeddings.append(teacher(buffer))
+    return np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)

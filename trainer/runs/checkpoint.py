@@ -1,0 +1,253 @@
+"""One file a checkpoint: weights as safetensors, everything else as JSON in their header.
+
+A file is written under a temporary name, fsynced and renamed, so that weights, configuration and
+training state always belong together. Nothing is unpickled. ``best.safetensors`` holds weights;
+``last.safetensors`` also what resuming needs: the state of the optimizer, of the moving average
+and of the random generators as tensors, the schedule and the position as JSON.
+
+Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.model.<name>`` and
+``random.<device>.<rank>``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flsep.cache import Layout, sync_folder
+from flsep.trainer.approaches.informed import InformedSeparator, build_model
+from flsep.trainer.config import TrainConfig
+from flsep.trainer.errors import CheckpointError
+from flsep.trainer.teacher import Standard
+
+FORMAT_NAME = "flsep-checkpoint"
+FORMAT_VERSION = 2
+_HEADER = "flsep"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes
+    ----------
+    config : TrainConfig
+        Of the training.
+    layout : Layout
+        Of the data it was trained on: sources, rate, STFT, teacher.
+    standard : Standard or None
+        Standardises the teacher's embeddings.
+    fingerprint : str
+        Of the shards' configuration.
+    epoch : int
+        Epochs that were completed.
+    metrics : dict
+        Of the last completed epoch, as in ``metrics.jsonl``.
+    packages : dict
+        Versions of the packages that wrote it.
+    training : dict or None
+        JSON values that resuming needs.
+    tensors : mapping of str to Tensor
+        All on the CPU.
+    """
+
+    config: TrainConfig
+    layout: Layout
+    standard: Standard | None
+    fingerprint: str
+    epoch: int
+    metrics: dict[str, Any]
+    packages: dict[str, str]
+    training: dict[str, Any] | None
+    tensors: Mapping[str, Tensor]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that the file is either the old one or the new one, complete.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written.
+    """
+    standard = checkpoint.standard
+    header = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "config": checkpoint.config.to_json(),
+        "layout": checkpoint.layout.to_json(),
+        "standard": None
+        if standard is None
+        else {"mean": standard.mean.tolist(), "scale": standard.scale.tolist()},
+        "fingerprint": checkpoint.fingerprint,
+        "epoch": checkpoint.epoch,
+        "metrics": checkpoint.metrics,
+        "packages": checkpoint.packages,
+        "training": checkpoint.training,
+    }
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+        temporary.chmod(mode)  # save_file leaves it to its owner alone, whatever the umask
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); what was there is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it is damaged, or a newer flsep wrote it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; train one with flsep-train fit")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or no safetensors file ({error}); use another checkpoint"
+        ) from error
+    if header is None:
+        raise CheckpointError(f"{path}: a safetensors file, but no {FORMAT_NAME}")
+    try:
+        values = json.loads(header)
+        if values["format"] != FORMAT_NAME or not isinstance(values["version"], int):
+            raise ValueError(f"format {values['format']!r}")
+        if values["version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: checkpoint version {values['version']}, this flsep reads "
+                f"{FORMAT_VERSION}; use the flsep that wrote it"
+            )
+        standard = values["standard"]
+        return Checkpoint(
+            config=TrainConfig.from_json(values["config"]),
+            layout=Layout.from_json(values["layout"]),
+            standard=None
+            if standard is None
+            else Standard(*(np.array(standard[name], np.float32) for name in ("mean", "scale"))),
+            fingerprint=values["fingerprint"],
+            epoch=values["epoch"],
+            metrics=values["metrics"],
+            packages=values["packages"],
+            training=values["training"],
+            tensors=tensors,
+        )
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its header is not readable ({error})") from error
+
+
+def load_model(checkpoint: Checkpoint, where: str) -> InformedSeparator:
+    """Build the model that a checkpoint describes and load its weights, on the CPU, for evaluation.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        From `load_checkpoint`.
+    where : str
+        The file's name, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        If the weights are not those of such a model.
+    """
+    model = build_model(checkpoint.config, checkpoint.layout)
+    load_weights(model, take(checkpoint.tensors, "model."), where)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load weights into a model; raises CheckpointError unless names and shapes agree."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where}: {name} has shape {found.get(name, 'none')}, expected "
+                f"{expected.get(name, 'none')}: a checkpoint of another model"
+            )
+    model.load_state_dict(dict(state))
+
+
+def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[list[Any], dict[str, Tensor]]:
+    """Return an optimizer's groups as JSON values and its state as tensors."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"optimizer.{number}.{name}": value
+        for number, entries in state["state"].items()
+        for name, value in entries.items()
+    }
+    return state["param_groups"], tensors
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, groups: list[Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `pack_optimizer` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in take(tensors, "optimizer.").items():
+        number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def require_same_data(checkpoint: Checkpoint, layout: Layout, where: str) -> None:
+    """Refuse data that a checkpoint's model cannot take.
+
+    Sources, rate, channels and STFT must agree; for `concat` also the teacher.
+
+    Raises
+    ------
+    CheckpointError
+        With the first thing that differs.
+    """
+    names = ["sources", "sample_rate_hz", "num_channels", "n_fft", "hop_samples"]
+    if checkpoint.config.approach.name == "concat":
+        names += ["teacher_digest", "embedding_size", "window_seconds", "window_hop_seconds"]
+    for name in names:
+        trained, found = getattr(checkpoint.layout, name), getattr(layout, name)
+        if trained != found:
+            raise CheckpointError(
+                f"{where}: trained with {name} {_show(trained)}, the shards have {_show(found)}; "
+                "use shards made with the same settings"
+            )
+
+
+def _show(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,180 @@
+"""The folder of a run: its files, its metrics, its TensorBoard events."""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from flsep.cache import write_json
+from flsep.trainer.errors import RunError
+
+_PACKAGES = ("flsep", "torch", "numpy", "h5py", "safetensors")
+
+
+class Run:
+    """A run folder.
+
+    ==================== =======================================================================
+    ``config.json``      the resolved configuration, the shards and their fingerprint
+    ``environment.json`` versions of Python and packages, machine, device, seed
+    ``metrics.jsonl``    one line an epoch: every loss term apart, training and validation
+    ``events.*``         the same for TensorBoard (``tensorboard --logdir RUN``)
+    ``best.safetensors`` weights with the lowest validation loss
+    ``last.safetensors`` weights and all that ``--resume`` needs
+    ``evaluation/``      scores, written by ``flsep-train evaluate``
+    ==================== =======================================================================
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.best = folder / "best.safetensors"
+        self.last = folder / "last.safetensors"
+        self.metrics = folder / "metrics.jsonl"
+        self.evaluation = folder / "evaluation"
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make the folder for a new run.
+
+        Parameters
+        ----------
+        overwrite : bool
+            Remove what an earlier run left there (and nothing else).
+
+        Raises
+        ------
+        RunError
+            If it is not empty and `overwrite` is false, or cannot be written into.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self._remove()
+            elif any(self.folder.iterdir()):
+                raise RunError(
+                    f"{self.folder} is not empty: add --resume to go on with the run in it, "
+                    "--overwrite to replace it, or choose another --run"
+                )
+        except OSError as error:
+            raise self._unusable(error) from error
+        self.require_writable()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run began here and was killed before it saved anything."""
+        began = (self.folder / "config.json").exists()
+        return began and not (self.best.exists() or self.last.exists())
+
+    def require_writable(self) -> None:
+        """Raise RunError unless files can be made in the folder; remove what a kill left there."""
+        probe = self.folder / f".{os.getpid()}.part"
+        try:
+            probe.touch()
+            for path in self.folder.glob(".*.part"):
+                path.unlink()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> RunError:
+        reason = error.strerror or str(error)
+        return RunError(f"cannot write the run folder {self.folder} ({reason}); choose another")
+
+    def _remove(self) -> None:
+        names = ("config.json", "environment.json", "metrics.jsonl", "*.safetensors", "events.*")
+        for name in names:
+            for path in self.folder.glob(name):
+                path.unlink()
+        shutil.rmtree(self.evaluation, ignore_errors=True)
+
+    def write_description(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Write ``config.json`` and ``environment.json``."""
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "environment.json", environment)
+
+    def trim_metrics(self, num_epochs: int) -> None:
+        """Forget lines beyond the first epochs: a resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        temporary = self.metrics.with_name(".metrics.jsonl.part")
+        temporary.write_text("".join(lines[:num_epochs]), encoding="utf-8")
+        temporary.replace(self.metrics)
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write one epoch's line."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+class EventLog:
+    """TensorBoard scalars, written without ``torch.utils.tensorboard``, which loads TensorFlow.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the file goes; ``tensorboard --logdir`` finds it.
+    first_step : int
+        What earlier files in the folder say about this step and later ones is void.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Here: only a training needs it, and it takes a quarter of a second.
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "wb")  # noqa: SIM115
+        self._writer = RecordWriter(self._file)
+        self._write(step=first_step, file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        """Write scalars of one step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(step=step, summary=Summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def list_packages() -> dict[str, str]:
+    """Return the versions of the packages that a training depends on."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def describe_environment(device: str, seed: int) -> dict[str, Any]:
+    """Return what ``environment.json`` says."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": list_packages(),
+        "device": device,
+        "seed": seed,
+    }

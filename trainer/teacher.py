@@ -1,0 +1,100 @@
+"""What a batch of excerpts knows of the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flsep.cache import Layout, Statistics
+from flsep.trainer.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherWindows:
+    """What the teacher says about a batch of excerpts.
+
+    Attributes
+    ----------
+    embeddings : Tensor
+        Standardised embeddings, float32: of the mixture [batch, window, dim], or of the stems
+        [source, batch, window, dim] in the separator's order of sources.
+    activity_db : Tensor
+        RMS of each window of that signal, dBFS, float32: the shape of `embeddings` without dim.
+    bounds : Tensor
+        First and one-past-last latent frame of each window, relative to the excerpt, int64
+        [batch, window, 2]; may lie outside the excerpt. With stems it may have a leading source
+        axis.
+    inside : Tensor
+        Whether the window lies fully inside the excerpt, bool, the shape of `bounds` without 2.
+    held : Tensor
+        Index of the window that is held at each latent frame, int64 [batch, frame].
+    """
+
+    embeddings: Tensor
+    activity_db: Tensor
+    bounds: Tensor
+    inside: Tensor
+    held: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherWindows:
+        """Copy all tensors to a device."""
+        return TeacherWindows(
+            **{
+                field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+                for field in dataclasses.fields(self)
+            }
+        )
+
+
+def held_windows(
+    layout: Layout, frames: npt.NDArray[np.int64], num_windows: int
+) -> npt.NDArray[np.int64]:
+    """Return the window that each frame of a track belongs to: the last that started by then."""
+    seconds = frames * (layout.hop_samples / layout.sample_rate_hz)
+    window = np.floor(seconds / layout.window_hop_seconds + 1e-6).astype(np.int64)
+    clipped: npt.NDArray[np.int64] = np.clip(window, 0, num_windows - 1)
+    return clipped
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """Standardises a teacher's embeddings: mean and inverse standard deviation, float32 [dim]."""
+
+    mean: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, statistics: Statistics, teacher_signal: str) -> Standard:
+        """Take those of the mixtures, or pool those of all stems.
+
+        Raises
+        ------
+        DataError
+            If every window of that signal is silent.
+        """
+        used = slice(0, 1) if teacher_signal == "mixture" else slice(1, None)
+        count = statistics.num_windows[used].astype(np.float64)[:, None]
+        if not count.sum():
+            raise DataError(
+                f"every teacher window of the training split's {teacher_signal} is silent: "
+                "there is no embedding to learn from"
+            )
+        share = count / count.sum()
+        means, deviations = statistics.embedding_mean[used], statistics.embedding_std[used]
+        mean = (share * means).sum(0)
+        # The variance of a union: that within its parts, and that between them.
+        deviation = np.sqrt((share * (deviations**2 + (means - mean) ** 2)).sum(0))
+        # A dimension that never moves carries nothing: it becomes 0, not noise blown up.
+        moves = deviation > 1e-6 * deviation.max()
+        scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=moves)
+        return cls(mean.astype(np.float32), scale.astype(np.float32))
+
+    def __call__(self, embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Standardise embeddings, float32 [..., dim]."""
+        standardised: npt.NDArray[np.float32] = (embeddings - self.mean) * self.scale
+        return standardised
