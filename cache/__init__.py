@@ -4,6 +4,7 @@ from flsep.cache.draws import Draw, Grid, Heard, RandomMixes
 from flsep.cache.errors import (
     CacheError,
     DamagedDataError,
+    FlsepError,
     FormatVersionError,
     MismatchError,
     MissingDataError,
@@ -25,6 +26,7 @@ __all__ = [
     "CacheError",
     "DamagedDataError",
     "Draw",
+    "FlsepError",
     "FormatVersionError",
     "Grid",
     "Heard",

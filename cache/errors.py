@@ -1,21 +1,29 @@
-"""What can be wrong with stored data."""
+"""Failures that are expected: bad input, a damaged file, a machine that lacks something."""
 
 
-class CacheError(Exception):
-    """Stored data cannot be used; the message names the file and the remedy."""
+class FlsepError(ValueError):
+    """An expected failure, which the commands report in one line.
+
+    The message says what was found, what was expected, where, and what to do about it. Any other
+    exception except an `OSError` is a bug in flsep.
+    """
+
+
+class CacheError(FlsepError):
+    """Stored data cannot be used."""
 
 
 class MissingDataError(CacheError):
-    """A folder, an index or a shard is not where it should be."""
+    """A folder, an index or a file of stored data does not exist."""
 
 
 class DamagedDataError(CacheError):
-    """A file is truncated, altered, or not laid out as the format prescribes."""
+    """A file is truncated, altered, or not laid out as its format prescribes."""
 
 
 class FormatVersionError(CacheError):
-    """A file was written in a format that this version does not read."""
+    """A file has a format version that this flsep does not read."""
 
 
 class MismatchError(CacheError):
-    """Two things that should belong together do not: another configuration, other shards."""
+    """Two pieces of data do not belong together, such as shards of different configurations."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import DamagedDataError, FormatVersionError, MissingDataError
+from flsep.cache.errors import CacheError, DamagedDataError, FormatVersionError, MissingDataError
 from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, Layout, fingerprint
 
 INDEX_FORMAT = "flsep-index"
@@ -109,5 +109,7 @@ def read_index(folder: Path) -> Index:
             if statistics is None
             else Statistics(**{key: np.array(value) for key, value in statistics.items()}),
         )
+    except CacheError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedDataError(f"{path}: not readable as an index ({error}); {remedy}") from error

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import DamagedDataError, FormatVersionError, MissingDataError
+from flsep.cache.errors import CacheError, DamagedDataError, FormatVersionError, MissingDataError
 from flsep.cache.files import TEMPORARY_SUFFIX, sync_folder
 from flsep.cache.format import Dataset, canonical_json, fingerprint
 from flsep.cache.index import TrackRecord
@@ -295,6 +295,8 @@ class MixesFile:
         try:
             with h5py.File(io.BytesIO(content), "r") as file:
                 return cls._read(file, path, len(content))
+        except CacheError:
+            raise
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedDataError(f"{path}: not readable as mixes ({reason}); {REMEDY}") from error

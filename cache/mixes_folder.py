@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flsep.cache.draws import Draw, Grid, Heard
-from flsep.cache.errors import DamagedDataError, MismatchError, MissingDataError
+from flsep.cache.errors import CacheError, DamagedDataError, MismatchError, MissingDataError
 from flsep.cache.files import write_json
 from flsep.cache.format import fingerprint
 from flsep.cache.index import TrackRecord
@@ -122,6 +122,8 @@ class Mixes:
             names = [n for e in range(self.num_epochs) for n in self.config.files_of_epoch(e)]
             if names != list(self._digests) or not names:
                 raise ValueError("does not list the files of its epochs")
+        except CacheError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedDataError(
                 f"{path}: not readable as an index of mixes ({error}); {REMEDY}"

@@ -21,7 +21,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import DamagedDataError, FormatVersionError, MismatchError, MissingDataError
+from flsep.cache.errors import (
+    CacheError,
+    DamagedDataError,
+    FormatVersionError,
+    MismatchError,
+    MissingDataError,
+)
 from flsep.cache.format import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -98,6 +104,8 @@ class ShardFile:
         try:
             with h5py.File(path, "r") as file:
                 self._read(file)
+        except CacheError:
+            raise
         # h5py reports damaged metadata under many names.
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise self._damaged(f"not readable as a shard ({_first_line(error)})") from error

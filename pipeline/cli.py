@@ -1,8 +1,6 @@
 """The command ``flsep-precompute``."""
 
 import contextlib
-import errno
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import Any
 
 import click
 
-from flsep.cache import CacheError, Mixes, ShardFile, read_index, verify_mixes, verify_shards
+from flsep.cache import Mixes, ShardFile, read_index, verify_mixes, verify_shards
+from flsep.cache.commands import CommandGroup
 from flsep.cache.mixes_folder import holds_mixes
 from flsep.pipeline.commands.mixes import describe_mixes, mixes_command
 from flsep.pipeline.commands.options import corpus_options, make_plan
@@ -30,11 +29,22 @@ from flsep.pipeline.commands.workers import (
     start_workers,
     worker_options,
 )
+from flsep.pipeline.errors import SettingsError
 
 _FOLDER = click.Path(path_type=Path, file_okay=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(CommandGroup):
+    """The commands of flsep-precompute."""
+
+    interrupted = "stopped; run the same command again to go on"
+    extras = "pipeline,demo"
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="flsep", prog_name="flsep-precompute")
 def cli() -> None:
     """Turn stems into shards that flsep-train reads.
@@ -126,7 +136,7 @@ def run_command(
     from flsep.pipeline.teachers.teacher import Teacher, resolve
 
     if finalise and (part or repair):
-        raise ValueError("--finalise: makes no shards; leave out --part and --repair")
+        raise SettingsError("--finalise: makes no shards; leave out --part and --repair")
     found, config, plan = make_plan(corpus, options)
     describe_plan(found, config, plan)
     tasks = share_tasks(plan.tasks, *part) if part else plan.tasks
@@ -193,10 +203,10 @@ def verify_command(shards: Path, against: Path | None, teacher: str | None, **op
     from tqdm import tqdm
 
     if not against and (teacher or are_workers_chosen(options)):
-        raise ValueError("--teacher and options of workers have no effect without --against")
+        raise SettingsError("--teacher and options of workers have no effect without --against")
     if holds_mixes(shards):
         if against:
-            raise ValueError(f"--against: {shards} holds mixes; render them again to compare")
+            raise SettingsError(f"--against: {shards} holds mixes; render them again to compare")
         mixes = Mixes(shards)
         sizes, verdicts = mixes.num_bytes, verify_mixes(mixes)
         what = f"{len(sizes)} files, {mixes.num_epochs} epochs of mixes"
@@ -382,35 +392,5 @@ def demo_corpus_command(out: Path, tracks: int, seconds: float, seed: int, examp
 
 
 def main() -> None:
-    """Run the command; an expected failure is one line and exit status 1."""
-    try:
-        sys.exit(cli.main(standalone_mode=False))
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("\nstopped; run the same command again to go on", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except OSError as error:
-        click.echo(f"Error: {_explain(error)}", err=True)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        extras = "pipeline,demo" if "demo-corpus" in sys.argv else "pipeline"
-        click.echo(f"Error: {error.name} is missing; run `pip install 'flsep[{extras}]'`", err=True)
-        sys.exit(1)
-    except (CacheError, ValueError) as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-
-
-def _explain(error: OSError) -> str:
-    """Say in one line what the system refused."""
-    text = " ".join(str(error).split())
-    if error.errno == errno.ENOSPC or "No space left on device" in text:
-        return (
-            f"the disk is full ({error.filename or 'while writing a shard'}); "
-            "free some space and run again, what is finished is kept"
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{error.filename}: not writable; choose another folder"
-    return text
+    """Run the command."""
+    cli.main()

@@ -5,6 +5,7 @@ from typing import Any
 
 from flsep.cache import SPLITS
 from flsep.cache.format import STFT_DTYPES
+from flsep.pipeline.errors import SettingsError
 
 WORKER_BYTES = 9 << 28
 """What a worker needs with VGGish, however long its tracks are: 1.5 GiB, measured, and room for
@@ -46,19 +47,19 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         if self.sample_rate_hz < 8000:
-            raise ValueError(f"--sample-rate {self.sample_rate_hz}: expected at least 8000 Hz")
+            raise SettingsError(f"--sample-rate {self.sample_rate_hz}: expected at least 8000 Hz")
         if self.num_channels < 1:
-            raise ValueError(f"--channels {self.num_channels}: expected at least 1")
+            raise SettingsError(f"--channels {self.num_channels}: expected at least 1")
         if self.n_fft < 64 or self.n_fft % 2:
-            raise ValueError(f"--n-fft {self.n_fft}: expected an even number of at least 64")
+            raise SettingsError(f"--n-fft {self.n_fft}: expected an even number of at least 64")
         if not 1 <= self.hop_samples <= self.n_fft // 2:
-            raise ValueError(
+            raise SettingsError(
                 f"--hop {self.hop_samples}: expected 1 to {self.n_fft // 2}, half of --n-fft"
             )
         if self.stft_dtype not in STFT_DTYPES:
-            raise ValueError(f"--stft-dtype {self.stft_dtype}: expected one of {STFT_DTYPES}")
+            raise SettingsError(f"--stft-dtype {self.stft_dtype}: expected one of {STFT_DTYPES}")
         if unknown := set(self.audio_splits) - set(SPLITS):
-            raise ValueError(f"--audio-splits {sorted(unknown)}: expected some of {SPLITS}")
+            raise SettingsError(f"--audio-splits {sorted(unknown)}: expected some of {SPLITS}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

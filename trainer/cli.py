@@ -11,50 +11,27 @@ from typing import Any
 
 import click
 
+from flsep.cache.commands import CommandGroup
+from flsep.cache.errors import FlsepError
+from flsep.trainer.errors import EvaluationError, InferenceError
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ANY = click.Path(path_type=Path)
 
 
-class _Commands(click.Group):
-    """Turns expected failures into one line on stderr and exit status 1."""
+class _Commands(CommandGroup):
+    """The commands of flsep-train."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(130)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise
-        except Exception as error:
-            message = _explain(error)
-            if message is None:
-                raise
-            # Of several processes under torchrun, the first one speaks for all.
-            rank = os.environ.get("RANK", "0")
-            message = message if rank == "0" else f"process {rank}: {message}"
-            raise click.ClickException(message) from error
+    extras = "trainer,evaluate"
 
-
-def _explain(error: Exception) -> str | None:
-    """Return the line for an expected failure, None for a bug."""
-    from flsep.cache import CacheError
-
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, CacheError)
-    notes = getattr(error, "__notes__", [])
-    if "torch" in sys.modules:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
-            return "out of GPU memory; use --set data.batch_size=... or a smaller model"
-    if isinstance(error, MemoryError):
-        return "out of memory; use --set data.batch_size=... or a smaller model"
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; run `pip install flsep[trainer,evaluate]`"
-    if not isinstance(error, expected):
-        return None
-    return " ".join(" ".join([str(error) or type(error).__name__, *notes]).split())
+    def explain(self, error: Exception) -> str | None:
+        """Return one line for an expected failure, None for a bug."""
+        line = super().explain(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            line = "out of memory; use --set data.batch_size=... or a smaller model"
+        # Under torchrun every process reports its failure; name the others than the first.
+        rank = os.environ.get("RANK", "0")
+        return line if line is None or rank == "0" else f"process {rank}: {line}"
 
 
 @click.group(
@@ -311,7 +288,7 @@ def separate(
         try:
             embeddings = None if embed is None else embed(path)
             seconds = separate_file(separator, path, folder, targets=chosen, embeddings=embeddings)
-        except ValueError as error:
+        except FlsepError as error:
             if len(files) == 1:
                 raise
             failed += 1
@@ -321,7 +298,7 @@ def separate(
             names = ", ".join(f"{name}.wav" for name in chosen)
             click.echo(f"{folder}: {names} ({seconds:.1f} s at {rate} Hz)")
     if failed:
-        raise ValueError(f"{failed} of {len(files)} files could not be separated, see above")
+        raise InferenceError(f"{failed} of {len(files)} files could not be separated, see above")
 
 
 def _find_checkpoint(run: Path) -> Path:
@@ -403,7 +380,7 @@ def evaluate(
         click.echo(f"  {len(done)} tracks in {folder / 'scores'}")
         failed += len(failures)
     if failed:
-        raise ValueError(f"{failed} tracks could not be scored, see above")
+        raise EvaluationError(f"{failed} tracks could not be scored, see above")
 
 
 @main.command()

@@ -1,45 +1,47 @@
 """What can be wrong with what a user gives the trainer."""
 
+from flsep.cache.errors import FlsepError
 
-class DataError(ValueError):
+
+class DataError(FlsepError):
     """Shards that cannot be trained on as configured."""
 
 
-class ScoringError(ValueError):
+class ScoringError(FlsepError):
     """A track, or the machine, with which museval cannot work."""
 
 
-class EvaluationError(ValueError):
+class EvaluationError(FlsepError):
     """Something that cannot be evaluated or compared."""
 
 
-class ConfigError(ValueError):
+class ConfigError(FlsepError):
     """A setting that does not exist, or whose value cannot be used."""
 
 
-class AudioError(ValueError):
+class AudioError(FlsepError):
     """An audio file that cannot be read or written."""
 
 
-class InferenceError(ValueError):
+class InferenceError(FlsepError):
     """A model that cannot be used on the given input, or as installed."""
 
 
-class RunError(ValueError):
+class RunError(FlsepError):
     """A run folder that cannot be used as asked."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FlsepError):
     """A checkpoint that is missing, damaged, too new, or of another shape."""
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(FlsepError):
     """A loss or gradient that is NaN or infinite; the step was not taken."""
 
 
-class ComparisonError(ValueError):
+class ComparisonError(FlsepError):
     """Scores that cannot be compared."""
 
 
-class LostProcessError(ValueError):
+class LostProcessError(FlsepError):
     """A process of this training has died or given up."""

@@ -13,6 +13,7 @@ import click
 from flsep.cache.memory import free_host_bytes
 from flsep.pipeline.commands.reporting import show_bytes
 from flsep.pipeline.config import WORKER_BYTES
+from flsep.pipeline.errors import SettingsError
 from flsep.pipeline.execution.cluster import BATCH_SYSTEMS
 
 if TYPE_CHECKING:
@@ -124,17 +125,17 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
     given = dict(options["cluster_settings"])
     if address := options["scheduler"]:
         if workers is not None or adapt or kind != "local" or given:
-            raise ValueError(
+            raise SettingsError(
                 f"--scheduler {address}: its workers are there already; leave out --workers, "
                 "--adapt, --cluster and --cluster-option"
             )
         return str(address)
     if workers is not None and adapt:
-        raise ValueError("--workers and --adapt: give one of them")
+        raise SettingsError("--workers and --adapt: give one of them")
     if adapt and not adapt[0] <= adapt[1] > 0:
-        raise ValueError(f"--adapt {adapt[0]}:{adapt[1]}: expected MIN:MAX with MIN <= MAX")
+        raise SettingsError(f"--adapt {adapt[0]}:{adapt[1]}: expected MIN:MAX with MIN <= MAX")
     if kind != "local" and not workers and not adapt:
-        raise ValueError(f"--cluster {kind}: give --workers N or --adapt MIN:MAX")
+        raise SettingsError(f"--cluster {kind}: give --workers N or --adapt MIN:MAX")
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     least, most = adapt or (workers, workers)
@@ -142,7 +143,7 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
         require_memory(most)
     if not most:
         if given:
-            raise ValueError("--cluster-option: has no effect with --workers 0")
+            raise SettingsError("--cluster-option: has no effect with --workers 0")
         return None
     return ClusterSettings(
         kind=kind,
@@ -197,7 +198,7 @@ def require_memory(workers: int) -> None:
     needed = max(workers, 1) * WORKER_BYTES
     available = free_host_bytes()
     if needed > available:
-        raise ValueError(
+        raise SettingsError(
             f"{max(workers, 1)} worker(s) need about {show_bytes(needed)} of memory, "
             f"{show_bytes(available)} are free; use fewer --workers"
         )

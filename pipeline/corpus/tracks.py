@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from flsep.pipeline.corpus.media import AudioStream, probe_all, tolerance_samples
-from flsep.pipeline.errors import MediaError
+from flsep.pipeline.errors import CorpusError, MediaError
 
 SPLITS = ("train", "valid", "test")
 MUSDB_SOURCES = ("drums", "bass", "other", "vocals")
@@ -160,7 +160,7 @@ def find_corpus(
     """
     fractions = (valid_fraction or 0.0, test_fraction)
     if min(fractions) < 0 or not sum(fractions) < 1:
-        raise ValueError(
+        raise CorpusError(
             f"--valid-fraction {fractions[0]} and --test-fraction {fractions[1]}: expected "
             "fractions from 0 that leave something to train on"
         )
@@ -239,12 +239,12 @@ def _visible(folder: Path) -> list[Path]:
 def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
     """List what may be tracks, and reject what looks like one but is not."""
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; expected a corpus")
+        raise CorpusError(f"{root}: no such folder; expected a corpus")
     if not _visible(root):
-        raise ValueError(f"{root}: is an empty folder; expected a corpus")
+        raise CorpusError(f"{root}: is an empty folder; expected a corpus")
     folders = {split: root / split for split in SPLITS if (root / split).is_dir()}
     if folders and (strays := [p for p in _visible(root) if p.name not in SPLITS and _holds(p)]):
-        raise ValueError(
+        raise CorpusError(
             f"{strays[0]}: holds sound files beside {', '.join(folders)}; move them into "
             f"{', '.join(SPLITS)}, or out of the corpus"
         )
@@ -263,13 +263,13 @@ def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
             elif path.suffix.lower() in AUDIO_SUFFIXES:
                 rejected.append((path.name, f"{path}: is a lone sound file, expected a folder"))
     if not entries:
-        raise ValueError(
+        raise CorpusError(
             f"{root}: is no corpus; expected *{STEM_SUFFIX} files or a folder of sound files a "
             f"track, in it or in its folders {', '.join(SPLITS)}"
         )
     counts = Counter(entry.name for entry in entries)
     if twice := [name for name, count in sorted(counts.items()) if count > 1]:
-        raise ValueError(
+        raise CorpusError(
             f"{root}: has more than one track named {', '.join(map(repr, twice))}; rename them"
         )
     return entries, rejected
@@ -299,15 +299,15 @@ def _choose_sources(
     listing = f"found {', '.join(found) or 'none'}"
     if asked is None:
         if not any(set(MUSDB_SOURCES) <= set(names) for names in each):
-            raise ValueError(
+            raise CorpusError(
                 f"{root}: no track has all of {', '.join(MUSDB_SOURCES)} ({listing}); name the "
                 "corpus's own with --sources"
             )
         return MUSDB_SOURCES
     if not asked or len(set(asked)) != len(asked) or "mixture" in asked:
-        raise ValueError(f"--sources {','.join(asked)}: expected different names, not 'mixture'")
+        raise CorpusError(f"--sources {','.join(asked)}: expected different names, not 'mixture'")
     if unknown := [name for name in asked if name not in found]:
-        raise ValueError(f"{root}: no track has a source {', '.join(unknown)} ({listing})")
+        raise CorpusError(f"{root}: no track has a source {', '.join(unknown)} ({listing})")
     return tuple(asked)
 
 
@@ -351,7 +351,7 @@ def _hold_out(
     """Return the new split of each training track that is held out."""
     for option, fraction in (("valid", valid_fraction), ("test", test_fraction or None)):
         if fraction is not None and (root / option).is_dir():
-            raise ValueError(
+            raise CorpusError(
                 f"--{option}-fraction {fraction}: {root} has a folder {option}; leave out either"
             )
     names = [track.name for track in tracks if track.split == "train"]
@@ -366,7 +366,7 @@ def _hold_out(
     free = [name for _, name in draws]
     num_least = (test_fraction > 0) + (valid_fraction > 0)
     if tracks and num_least and len(free) <= num_least:
-        raise ValueError(
+        raise CorpusError(
             f"{root}: has {len(free)} usable training tracks, expected more than {num_least} to "
             "hold out from; leave out --valid-fraction and --test-fraction"
         )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from flsep.pipeline.demo.composition import Part, Song, compose
 from flsep.pipeline.demo.voice import VOICES, sing
+from flsep.pipeline.errors import CorpusError
 
 RATE_HZ = 44100
 STEMS = ("drums", "bass", "other", "vocals")
@@ -71,11 +72,11 @@ def render_corpus(
     tell = progress or (lambda line: None)
     out = Path(out).absolute()
     if num_tracks < 3:
-        raise ValueError(f"{num_tracks} tracks asked for; one a split, at least 3, are needed")
+        raise CorpusError(f"{num_tracks} tracks asked for; one a split, at least 3, are needed")
     if not MIN_SECONDS <= seconds < float("inf"):
-        raise ValueError(f"tracks of {seconds} s asked for; at least {MIN_SECONDS:g} s are needed")
+        raise CorpusError(f"tracks of {seconds} s asked for; at least {MIN_SECONDS:g} s are needed")
     if seed < 0:
-        raise ValueError(f"seed {seed} asked for; it must be 0 or more")
+        raise CorpusError(f"seed {seed} asked for; it must be 0 or more")
     arguments = {
         "flsep": importlib.metadata.version("flsep"),
         "num_tracks": num_tracks,
@@ -97,7 +98,7 @@ def render_corpus(
             dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True
         )
     except OSError as error:
-        raise ValueError(
+        raise CorpusError(
             f"{out}: cannot be created ({error.strerror}); choose another output folder"
         ) from error
     with temporary:
@@ -266,7 +267,7 @@ def _is_kept(out: Path, arguments: dict[str, object]) -> bool:
         return False
     manifest = out / MANIFEST
     if not manifest.is_file():
-        raise ValueError(
+        raise CorpusError(
             f"{out}: exists and is no demo corpus (no {MANIFEST}); choose another output folder"
         )
     try:
@@ -275,11 +276,11 @@ def _is_kept(out: Path, arguments: dict[str, object]) -> bool:
             f"{k} {found[k]} instead of {v}" for k, v in arguments.items() if found[k] != v
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise CorpusError(
             f"{manifest}: no demo corpus's manifest; remove {out} or choose another output folder"
         ) from error
     if differing:
-        raise ValueError(
+        raise CorpusError(
             f"{out}: holds a demo corpus rendered with {', '.join(differing)}; "
             "remove it or choose another output folder"
         )
@@ -290,7 +291,7 @@ def _package_folder(package: str) -> Path:
     """Return where a package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise CorpusError(
             f"the package {package} is missing, which the demo corpus needs; "
             "install it with: pip install 'flsep[demo]'"
         )
@@ -302,7 +303,7 @@ def _example_track() -> Path:
     folder = _package_folder("stempeg") / "data"
     tracks = sorted(folder.glob("*.stem.mp4"))
     if not tracks:
-        raise ValueError(
+        raise CorpusError(
             f"{folder}: holds no *.stem.mp4; reinstall stempeg or leave the example out"
         )
     return tracks[0]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flsep.pipeline.errors import SettingsError
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -65,7 +67,7 @@ class ClusterSettings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"expected one of {sorted(known)}"
-                raise ValueError(
+                raise SettingsError(
                     f"--cluster-option {name}: unknown to --cluster {self.kind}; {hint}"
                 )
 
@@ -109,7 +111,7 @@ def remote_client(address: str) -> Iterator["Client"]:
     try:
         client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
-        raise ValueError(
+        raise SettingsError(
             f"--scheduler {address}: no Dask scheduler answers ({error}); start one with "
             "`dask scheduler`, and workers with `dask worker`"
         ) from error
@@ -176,7 +178,7 @@ def _start_jobs(settings: ClusterSettings) -> Any:
     cluster_class = _cluster_class(settings.kind)
     command = cluster_class.job_cls.submit_command.split()[0]
     if shutil.which(command) is None:
-        raise ValueError(
+        raise SettingsError(
             f"--cluster {settings.kind}: there is no program {command} here; run this on a machine "
             "that submits jobs"
         )
@@ -213,7 +215,7 @@ def _start_jobs(settings: ClusterSettings) -> Any:
         cluster.worker_spec.clear()  # or closing would ask for the jobs again
         cluster.close()
         reason = next((line for line in str(error).splitlines() if "error:" in line), str(error))
-        raise ValueError(f"--cluster {settings.kind}: a job was refused: {reason}") from error
+        raise SettingsError(f"--cluster {settings.kind}: a job was refused: {reason}") from error
     return cluster
 
 
@@ -254,7 +256,7 @@ def _job_options(settings: ClusterSettings) -> dict[str, Any]:
 
 def _require_memory(option: str, limit: int, settings: ClusterSettings) -> None:
     if limit < settings.worker_bytes:
-        raise ValueError(
+        raise SettingsError(
             f"{option} gives a worker {limit >> 20} MiB, it needs about "
             f"{settings.worker_bytes >> 20} MiB; give more, or fewer workers"
         )

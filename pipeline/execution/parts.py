@@ -4,6 +4,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from flsep.pipeline.errors import SettingsError
+
 
 class _Sized(Protocol):
     @property
@@ -33,7 +35,7 @@ def share_tasks(tasks: Sequence[Task], number: int, num_parts: int) -> tuple[Tas
         If there is no such part.
     """
     if not 1 <= number <= num_parts:
-        raise ValueError(f"--part {number}/{num_parts}: expected a part from 1 to {num_parts}")
+        raise SettingsError(f"--part {number}/{num_parts}: expected a part from 1 to {num_parts}")
     loads = [(0, part) for part in range(1, num_parts + 1)]  # a heap
     share = []
     for task in tasks:

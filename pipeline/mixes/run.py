@@ -12,6 +12,7 @@ from typing import Any
 
 from flsep.cache import CacheError, Grid, MixesConfig, Shards, remove_leftovers, write_mixes_index
 from flsep.cache.mixes_file import digest_tracks
+from flsep.pipeline.errors import SettingsError
 from flsep.pipeline.execution.lock import claim, locked
 from flsep.pipeline.execution.parts import share_tasks
 from flsep.pipeline.execution.runners import Outcome, run_inline
@@ -76,24 +77,24 @@ def make_config(shards: Shards, teacher: TeacherInfo, **settings: Any) -> MixesC
     """
     layout = shards.layout
     if teacher.digest != layout.teacher_digest:
-        raise ValueError(
+        raise SettingsError(
             f"the teacher {teacher.handle} has the digest {teacher.digest[:12]}..., the shards "
             f"were made with {layout.teacher} of {layout.teacher_digest[:12]}...: give that one "
             "with --teacher"
         )
     if not settings["excerpt_seconds"] > 0:
-        raise ValueError(f"--seconds {settings['excerpt_seconds']:g}: expected more than 0")
+        raise SettingsError(f"--seconds {settings['excerpt_seconds']:g}: expected more than 0")
     grid = Grid(layout, settings["excerpt_seconds"])
     tracks, _ = grid.split_by_length(shards, settings["split"])
     if len(tracks) < len(layout.sources):
-        raise ValueError(
+        raise SettingsError(
             f"{shards.folder}: {len(tracks)} tracks of the split {settings['split']!r} can be "
             f"mixed, fewer than the {len(layout.sources)} sources of a mix; precompute more, or "
             "train with --mixing original"
         )
     spare = count_heard_samples(grid, teacher) - teacher.window_samples
     if spare < 0:
-        raise ValueError(
+        raise SettingsError(
             f"--seconds {settings['excerpt_seconds']:g}: an excerpt holds no window of the "
             f"teacher, {teacher.window_samples / teacher.sample_rate_hz:g} s"
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flsep.cache import CacheError, Grid, MixesConfig, MixesFile, RandomMixes, Shards, write_mixes
+from flsep.cache.errors import MismatchError
 from flsep.cache.mixes_file import digest_tracks
 from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import activity_db
@@ -116,7 +117,7 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
     grid = Grid(shards.layout, config.excerpt_seconds)
     tracks, _ = grid.split_by_length(shards, config.split)
     if (shards.index.fingerprint, digest_tracks(tracks)) != (config.shards, config.tracks):
-        raise ValueError(
+        raise MismatchError(
             f"{settings.shards}: the shards changed while the run was going on; start again"
         )
     with report.seconds.measure("load"):

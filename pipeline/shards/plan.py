@@ -8,6 +8,7 @@ from flsep.cache import Layout
 from flsep.cache.format import track_datasets
 from flsep.pipeline.config import FeatureConfig
 from flsep.pipeline.corpus.tracks import Corpus, Track, TrackInfo
+from flsep.pipeline.errors import SettingsError
 
 DEFAULT_SHARD_BYTES = 1 << 30
 
@@ -82,10 +83,10 @@ def plan_shards(
         If no track is left, or `shard_bytes` makes no sense.
     """
     if shard_bytes < 1 << 20:
-        raise ValueError(f"--shard-size {shard_bytes}: expected at least 1 MiB")
+        raise SettingsError(f"--shard-size {shard_bytes}: expected at least 1 MiB")
     if not corpus.tracks:
         reasons = "; ".join(reason for _, reason in corpus.rejected[:3])
-        raise ValueError(f"{corpus.root}: no usable track ({reasons})")
+        raise SettingsError(f"{corpus.root}: no usable track ({reasons})")
     layout = _expected_layout(corpus, config)
     groups: list[tuple[list[PlannedTrack], int]] = []
     split = ""

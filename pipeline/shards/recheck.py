@@ -11,6 +11,7 @@ import numpy as np
 from flsep.cache import Index, ShardFile, TrackRecord, read_index
 from flsep.pipeline.config import FeatureConfig
 from flsep.pipeline.corpus.tracks import find_corpus
+from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.shards.build import ShardSettings, make_shard
 from flsep.pipeline.shards.plan import Plan, PlannedTrack, ShardTask, stored_samples
 from flsep.pipeline.teachers.teacher import Teacher, resolve
@@ -84,7 +85,7 @@ def plan_recheck(
     handle = teacher or index.layout.teacher
     info = Teacher.load(handle).info
     if info.digest != index.layout.teacher_digest:
-        raise ValueError(
+        raise TeacherError(
             f"--teacher {handle}: has the digest {info.digest[:12]}, the shards were made with "
             f"{index.layout.teacher_digest[:12]}; name that one"
         )

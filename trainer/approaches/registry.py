@@ -26,8 +26,6 @@ Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, W w
 E embedding dimensions; M windows that are compared, P features of the projected embedding.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import nn
@@ -37,6 +35,7 @@ from flsep.trainer.approaches.contrastive import _Contrastive
 from flsep.trainer.approaches.distance import _Distance
 from flsep.trainer.approaches.interface import Approach
 from flsep.trainer.approaches.regularizer import _Regularizer
+from flsep.trainer.errors import ConfigError
 
 APPROACHES = ("none", "concat", "contrastive", "distance")
 TEACHER_SIGNALS = ("mixture", "stems")
@@ -67,13 +66,13 @@ def check_combination(approach: str, mixing: str, teacher_signal: str) -> None:
     if approach == "none":
         return
     if approach == "concat" and teacher_signal == "stems":
-        raise ValueError(
+        raise ConfigError(
             "concat needs the mixture's embedding, for it separates where no stems are known: "
             "use --teacher-signal mixture with --mixing original or rendered"
         )
     if mixing == "random" and teacher_signal == "mixture":
         others = "" if approach == "concat" else ", or --teacher-signal stems"
-        raise ValueError(
+        raise ConfigError(
             f"{approach} with the mixture's embedding: a random mixture has no precomputed "
             f"embedding; use --mixing original, --mixing rendered with mixes that "
             f"flsep-precompute mixes made{others}"
@@ -130,11 +129,11 @@ def build_approach(
     if name == "none":
         return Approach()
     if projection_size < 1:
-        raise ValueError(f"projection_size is {projection_size}: expected 1 or more")
+        raise ConfigError(f"projection_size is {projection_size}: expected 1 or more")
     if name == "concat":
         return _Concatenation(embedding_size, projection_size)
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(
+        raise ConfigError(
             f"weight is {weight}: {name} expects a finite number > 0; to train without a "
             "regularizer use --approach none"
         )
@@ -144,7 +143,7 @@ def build_approach(
     elif math.isfinite(temperature) and temperature > 0:
         criterion = _Contrastive(latent_size, embedding_size, projection_size, temperature)
     else:
-        raise ValueError(f"temperature is {temperature}: contrastive expects a finite number > 0")
+        raise ConfigError(f"temperature is {temperature}: contrastive expects a finite number > 0")
     return _Regularizer(
         criterion,
         sources=sources if teacher_signal == "stems" else None,
@@ -155,4 +154,4 @@ def build_approach(
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(choices)}")
+        raise ConfigError(f"unknown {what} {value!r}: expected one of {', '.join(choices)}")
