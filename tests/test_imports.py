@@ -19,7 +19,7 @@ DASK = {"dask", "dask_jobqueue", "distributed"}
 SCORING = {"museval", "norbert", "stempeg"}
 HEAVY = {*TENSORFLOW, *DASK, *SCORING, "keras", "librosa", "scipy", "tensorboard", "torch"}
 # The one place where the trainer calls the pipeline, if it is installed.
-LAZY_PIPELINE = ("trainer/conditioning.py", "flsep.pipeline.teachers.teacher")
+LAZY_PIPELINE = ("trainer/inference/embedder.py", "flsep.pipeline.teachers.teacher")
 # Names of distributions that differ from what is imported.
 DISTRIBUTIONS = {
     "tensorflow_hub": "tensorflow-hub",
