@@ -20,8 +20,9 @@ import pytest
 from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, build_index, write_index
 from flsep.cache.format import track_datasets
 from flsep.trainer.approaches.registry import check_combination
-from flsep.trainer.config import TrainConfig, apply_settings
+from flsep.trainer.config import TrainConfig
 from flsep.trainer.recipes import RECIPES
+from flsep.trainer.settings import apply_settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

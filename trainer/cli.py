@@ -1,11 +1,11 @@
-"""The command ``flsep-train``: arguments in, one line out for what went wrong.
+"""The program ``flsep-train``.
 
-Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,38 @@ import click
 from flsep.cache.commands import CommandGroup
 from flsep.cache.errors import FlsepError
 from flsep.trainer.errors import EvaluationError, InferenceError
+from flsep.trainer.registry import APPROACHES
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ANY = click.Path(path_type=Path)
+
+# Options of `fit` that stand for fields of the configuration.
+_FIELDS = {
+    "approach": "approach.name",
+    "mixing": "data.mixing",
+    "teacher_signal": "approach.teacher_signal",
+    "weight": "approach.weight",
+    "temperature": "approach.temperature",
+    "seed": "fit.seed",
+    "precision": "compute.precision",
+}
+
+
+class _Registered(click.Choice[str]):
+    """A choice among the names that a registry has when the command runs."""
+
+    def __init__(self, registry: Mapping[str, str]) -> None:
+        self._registry = registry
+        super().__init__(tuple(registry))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(self._registry)
+
+    @choices.setter
+    def choices(self, names: Sequence[str]) -> None:
+        pass  # set by click from the same registry
 
 
 class _Commands(CommandGroup):
@@ -77,9 +106,9 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--run", required=True, type=_ANY, help="Run folder to make: weights, metrics, logs.")
 @click.option(
     "--approach",
-    type=click.Choice(["none", "concat", "contrastive", "distance"]),
-    help="none: plain X-UMX. concat: the mixture's embedding enters the latent; separating needs "
-    "the teacher. contrastive, distance: regularizers; separating needs no teacher. "
+    type=_Registered(APPROACHES),
+    help="none: the separator alone. concat: the mixture's embedding enters the latent; separating "
+    "needs the teacher. contrastive, distance: regularizers; separating needs no teacher. "
     "[default: none]",
 )
 @click.option(
@@ -158,17 +187,10 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
 @click.pass_context
 def fit(
     ctx: click.Context,
-    shards: Path,
-    run: Path,
     recipe: str,
-    resume: bool,
-    overwrite: bool,
-    mixes: Path | None,
     save_minutes: float,
-    resident: str | None,
     workers: int | None,
-    device: str,
-    verify: bool,
+    settings: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a separator.
@@ -193,26 +215,21 @@ def fit(
       metrics.jsonl      a line an epoch, each loss term apart; events.* for TensorBoard
       config.json, environment.json
     """
-    from flsep.trainer.training.launch import launch
+    from flsep.trainer.training.launch import FitRequest, launch
 
-    if resume and overwrite:
+    if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    named = {field: options.pop(option) for option, field in _FIELDS.items()}
+    chosen = [f"{field}={value}" for field, value in named.items() if value is not None]
     recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT
-    status = launch(
-        shards,
-        run,
-        recipe=recipe if recipe_given or not resume else None,
-        options=options,
-        resume=resume,
-        overwrite=overwrite,
-        mixes=mixes,
+    request = FitRequest(
+        recipe=recipe if recipe_given else None,
+        settings=(*chosen, *settings),
         seconds_between_saves=60 * save_minutes,
-        resident=resident,
         num_workers=_count_threads(workers),
-        device=device,
-        verify=verify,
+        **options,
     )
-    ctx.exit(status)
+    ctx.exit(launch(request))
 
 
 def _count_threads(workers: int | None) -> int:

@@ -1,74 +1,111 @@
-"""Everything that decides a training: frozen sections that hold the only defaults.
+"""The configuration of a training: frozen sections that hold the only defaults.
 
-The defaults are the public recipe of X-UMX; `flsep.trainer.recipes` names complete experiments,
-and ``--set section.field=value`` changes one field of one.
+`flsep.trainer.recipes` returns complete configurations, and `flsep.trainer.settings` changes single
+fields. The sections `separator`, `approach` and `loss` have the type that the chosen separator
+and approach declare: their fields differ, everything else is common to all trainings.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from flsep.trainer.errors import ConfigError
-
-Settings = Any
-"""One of the sections below."""
+from flsep.trainer.registry import APPROACHES, SEPARATORS, load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeparatorConfig:
-    """X-UMX.
+class Section:
+    """Base class of the sections; each checks its fields in ``__post_init__``."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.check_types()
+
+    def check_types(self) -> None:
+        """Refuse values of another type; a whole number becomes the float that a field wants."""
+        for name, kind in type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, name, value)
+            if get_origin(kind) is Literal:
+                fits = value in get_args(kind)
+            else:
+                fits = type(value) is kind and (kind is not float or math.isfinite(value))
+            self.require(name, fits, describe_type(kind))
+
+    def require(self, name: str, holds: bool, expected: str) -> None:
+        """Raise ConfigError, with what was expected of a field, unless the condition holds."""
+        if not holds:
+            raise ConfigError(
+                f"{self.section}.{name} is {getattr(self, name)!r}; expected {expected}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeparatorConfig(Section):
+    """Base class of the separators' own sections.
 
     Attributes
     ----------
-    hidden_size : int
-        Width of encoders and decoders; the BLSTM has half of it in each direction. Even.
-    num_layers : int
-        Layers of the BLSTM.
-    dropout : float
-        Between the layers of the BLSTM, in [0, 1).
-    bandwidth_hz : float
-        The encoders see the mixture up to this frequency; the masks cover all of it.
+    name : str
+        Name of the separator in `flsep.trainer.registry`; a subclass sets the default.
     """
 
-    hidden_size: int = 512
-    num_layers: int = 3
-    dropout: float = 0.4
-    bandwidth_hz: float = 16000.0
+    section: ClassVar[str] = "separator"
 
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "hidden_size", self.hidden_size >= 2 and self.hidden_size % 2 == 0, "even")
-        _check(self, "num_layers", self.num_layers >= 1, "1 or more")
-        _check(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        _check(self, "dropout", self.num_layers > 1 or self.dropout == 0, "0 with one layer")
-        _check(self, "bandwidth_hz", self.bandwidth_hz > 0, "> 0")
+    name: str = field(default="", init=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class ApproachConfig(Section):
+    """Base class of the approaches' own sections.
+
+    Attributes
+    ----------
+    name : str
+        Name of the approach in `flsep.trainer.registry`; a subclass sets the default.
+    """
+
+    section: ClassVar[str] = "approach"
+
+    name: str = field(default="", init=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig(Section):
+    """Base class of the separation losses; each separator has its own."""
+
+    section: ClassVar[str] = "loss"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(Section):
     """Excerpts, and how they are mixed.
 
     Attributes
     ----------
     mixing : {'original', 'random', 'rendered'}
-        ``original``: excerpts of the tracks as they are; both channels of a whole excerpt may be
-        swapped, but there is no gain: the teacher's embedding belongs to the unchanged mixture.
-        ``random``: each source from a random track at a random position, with its own gain and
-        channel swap, and the mixture is their sum. ``rendered``: the same, from the recipes of
-        ``flsep-precompute mixes``, whose mixtures the teacher has heard.
+        ``original``: excerpts of the tracks as they are. Their channels may be swapped, but there
+        is no gain, since the teacher's embedding belongs to the unchanged mixture. ``random``: each
+        source comes from a random track at a random position, with its own gain and channel swap,
+        and the mixture is their sum. ``rendered``: the same, but the mixes were drawn by
+        ``flsep-precompute mixes`` and the teacher has heard them.
     excerpt_seconds : float
         Length of an excerpt, in training and in validation.
     excerpts_per_track : int
-        An epoch has this many excerpts for each training track.
+        Number of excerpts for each training track in an epoch.
     batch_size : int
-        Excerpts in a batch, in all processes together.
+        Number of excerpts in a batch, over all processes.
     min_gain, max_gain : float
         Each source's gain is uniform between these (not with original mixing).
     swap_probability : float
-        Of reversing the order of the channels.
+        Probability of reversing the order of the channels.
     """
+
+    section: ClassVar[str] = "data"
 
     mixing: Literal["original", "random", "rendered"] = "original"
     excerpt_seconds: float = 6.0
@@ -79,92 +116,39 @@ class DataConfig:
     swap_probability: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "excerpt_seconds", self.excerpt_seconds > 0, "> 0")
-        _check(self, "excerpts_per_track", self.excerpts_per_track >= 1, "1 or more")
-        _check(self, "batch_size", self.batch_size >= 1, "1 or more")
-        _check(self, "min_gain", 0 <= self.min_gain <= self.max_gain, "in [0, max_gain]")
-        _check(self, "swap_probability", 0 <= self.swap_probability <= 1, "in [0, 1]")
+        self.check_types()
+        self.require("excerpt_seconds", self.excerpt_seconds > 0, "> 0")
+        self.require("excerpts_per_track", self.excerpts_per_track >= 1, "1 or more")
+        self.require("batch_size", self.batch_size >= 1, "1 or more")
+        self.require("min_gain", 0 <= self.min_gain <= self.max_gain, "in [0, max_gain]")
+        self.require("swap_probability", 0 <= self.swap_probability <= 1, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ApproachConfig:
-    """How the teacher informs the latent; see `flsep.trainer.approaches.registry`.
-
-    Attributes
-    ----------
-    name : {'none', 'concat', 'contrastive', 'distance'}
-        The approach.
-    teacher_signal : {'mixture', 'stems'}
-        Signal whose embeddings are used.
-    weight : float
-        Factor of the regularizer (contrastive, distance).
-    temperature : float
-        Divisor of the cosines (contrastive).
-    projection_size : int
-        Features of the projected embedding (concat), hidden units of the latent's projection
-        (contrastive).
-    silence_db : float
-        Windows quieter than this, in dBFS, are not compared.
-    """
-
-    name: Literal["none", "concat", "contrastive", "distance"] = "none"
-    teacher_signal: Literal["mixture", "stems"] = "mixture"
-    weight: float = 1.0
-    temperature: float = 0.1
-    projection_size: int = 128
-    silence_db: float = -60.0
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "weight", self.weight > 0, "> 0; for no regularizer take the approach none")
-        _check(self, "temperature", self.temperature > 0, "> 0")
-        _check(self, "projection_size", self.projection_size >= 1, "1 or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """The separation loss: magnitude term + `time_weight` x time-domain term.
-
-    Attributes
-    ----------
-    combine : bool
-        Average over all combinations of sources, or over the single sources.
-    time_weight : float
-        Weight of the time-domain term, 0 or more.
-    """
-
-    combine: bool = True
-    time_weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "time_weight", self.time_weight >= 0, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
+class OptimConfig(Section):
     """Adam, and its plateau schedule on the validation loss.
 
     Attributes
     ----------
     learning_rate, weight_decay : float
-        Adam's.
+        Parameters of Adam.
     plateau_factor : float
-        The learning rate is multiplied with it on a plateau, in (0, 1).
+        The learning rate is multiplied by this factor on a plateau, in (0, 1).
     plateau_patience : int
-        Epochs without improvement that make a plateau.
+        Number of epochs without improvement that count as a plateau.
     plateau_cooldown : int
-        Epochs to wait after a reduction.
+        Number of epochs to wait after a reduction.
     accumulate : int
-        Batches whose gradients are averaged for one step. Batch norm and the regularizers see one
-        batch at a time.
+        Number of batches whose gradients are averaged for one step. Batch norm and the regularizers
+        see one batch at a time.
     clip_norm : float
-        Gradients of a larger norm are scaled down to it; 0 clips nothing.
+        Gradients of a larger norm are scaled down to this norm; 0 disables clipping.
     ema_decay : float
-        Validate and keep a moving average of the weights, which holds this share of the old one
-        at each step, in [0, 1); 0 keeps the weights themselves.
+        Decay d of the moving average of the weights, average = d * average + (1 - d) * weights,
+        which is then validated and kept; in [0, 1); 0 keeps the weights themselves.
     """
+
+    section: ClassVar[str] = "optim"
 
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5
@@ -176,187 +160,170 @@ class OptimConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "learning_rate", self.learning_rate > 0, "> 0")
-        _check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
-        _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
-        _check(self, "plateau_patience", self.plateau_patience >= 0, "0 or more")
-        _check(self, "plateau_cooldown", self.plateau_cooldown >= 0, "0 or more")
-        _check(self, "accumulate", self.accumulate >= 1, "1 or more")
-        _check(self, "clip_norm", self.clip_norm >= 0, "0 or more")
-        _check(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
+        self.check_types()
+        self.require("learning_rate", self.learning_rate > 0, "> 0")
+        self.require("weight_decay", self.weight_decay >= 0, "0 or more")
+        self.require("plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
+        self.require("plateau_patience", self.plateau_patience >= 0, "0 or more")
+        self.require("plateau_cooldown", self.plateau_cooldown >= 0, "0 or more")
+        self.require("accumulate", self.accumulate >= 1, "1 or more")
+        self.require("clip_norm", self.clip_norm >= 0, "0 or more")
+        self.require("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ComputeConfig:
+class ComputeConfig(Section):
     """How the network is computed.
 
     Attributes
     ----------
     precision : {'float32', 'tf32', 'bfloat16'}
-        ``float32``: as it says, also on GPUs. ``tf32``: products on a GPU round their factors to
-        10 bits. ``bfloat16``: the network in mixed precision, weights and losses in float32.
+        ``float32``: exact products, on GPUs too. ``tf32``: matrix products on a GPU round their
+        factors to 10 bits. ``bfloat16``: the network in mixed precision, weights and losses in
+        float32.
     compile : bool
-        Let torch.compile fuse the encoders and the decoders; takes a minute at the start.
+        Compile the separator's layers with torch.compile, which takes a minute at the start.
     """
+
+    section: ClassVar[str] = "compute"
 
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False
 
-    def __post_init__(self) -> None:
-        _check_types(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FitConfig:
+class FitConfig(Section):
     """How long to train, and from which seed.
 
     Attributes
     ----------
     epochs : int
-        At most this many.
+        Largest number of epochs.
     patience : int
-        Stop after this many epochs without a better validation loss.
+        Number of epochs without a better validation loss after which training stops.
     seed : int
-        Of the weights, the dropout and the excerpts.
+        Seed of the weights, the dropout and the excerpts.
     """
+
+    section: ClassVar[str] = "fit"
 
     epochs: int = 1000
     patience: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check(self, "epochs", self.epochs >= 1, "1 or more")
-        _check(self, "patience", self.patience >= 1, "1 or more")
-        _check(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        self.check_types()
+        self.require("epochs", self.epochs >= 1, "1 or more")
+        self.require("patience", self.patience >= 1, "1 or more")
+        self.require("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+
+
+def configure_separator(name: str, **settings: Any) -> SeparatorConfig:
+    """Return the section of a separator, with some fields set."""
+    config: SeparatorConfig = load(SEPARATORS, name, "separator").Config(**settings)
+    return config
+
+
+def configure_approach(name: str, **settings: Any) -> ApproachConfig:
+    """Return the section of an approach, with those of the given fields set that it has."""
+    kind = load(APPROACHES, name, "approach").Config
+    known = {entry.name for entry in fields(kind)}
+    config: ApproachConfig = kind(**{key: settings[key] for key in known & settings.keys()})
+    return config
+
+
+def default_loss(separator: SeparatorConfig) -> LossConfig:
+    """Return the default loss of a separator."""
+    loss: LossConfig = load(SEPARATORS, separator.name, "separator").Loss()
+    return loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A complete training."""
+    """The configuration of a training.
 
-    separator: SeparatorConfig = field(default_factory=SeparatorConfig)
+    The sections `separator`, `loss` and `approach` are instances of the classes that the chosen
+    separator and approach declare; `loss` is the separator's default when it is not given.
+    """
+
+    separator: SeparatorConfig = field(default_factory=lambda: configure_separator("xumx"))
     data: DataConfig = field(default_factory=DataConfig)
-    approach: ApproachConfig = field(default_factory=ApproachConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    approach: ApproachConfig = field(default_factory=lambda: configure_approach("none"))
+    loss: LossConfig = None  # type: ignore[assignment]  # set below: it depends on the separator
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss is None:
+            object.__setattr__(self, "loss", default_loss(self.separator))
+
+    def with_separator(self, name: str) -> Self:
+        """Return this configuration with another separator, at its defaults, and its loss."""
+        separator = configure_separator(name)
+        return replace(self, separator=separator, loss=default_loss(separator))
+
+    def with_approach(self, name: str) -> Self:
+        """Return this configuration with another approach, at its defaults."""
+        return replace(self, approach=configure_approach(name))
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return all sections as plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a configuration; raises ConfigError unless it has exactly these fields."""
-        sections = {}
-        for section in fields(cls):
-            kind: Any = section.type
-            stored, names = values.get(section.name), {entry.name for entry in fields(kind)}
-            if not isinstance(stored, dict) or set(stored) != names:
-                raise ConfigError(
-                    f"stored configuration: section {section.name!r} is {stored!r}; "
-                    f"expected the fields {', '.join(sorted(names))}"
-                )
-            sections[section.name] = kind(**stored)
-        if unknown := set(values) - set(sections):
-            raise ConfigError(f"stored configuration: unknown sections {sorted(unknown)}")
-        return cls(**sections)
-
-
-def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
-    """Return a configuration with some fields changed.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        What to start from.
-    settings : iterable of str
-        Each ``section.field=value``; the last one of a field holds. All are applied before a
-        section is checked, so that their order does not matter.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown section or field (the message names the nearest), or a value that the field
-        cannot have.
-    """
-    changes: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        target, equals, text = setting.partition("=")
-        section, dot, name = target.strip().partition(".")
-        if not equals or not dot:
-            raise ConfigError(f"setting {setting!r}: expected section.field=value")
-        kinds = {entry.name: entry.type for entry in fields(TrainConfig)}
-        if section not in kinds:
-            raise ConfigError(f"setting {setting!r}: no section {_suggest(section, kinds)}")
-        hints = get_type_hints(kinds[section])
-        if name not in hints:
+        try:
+            separator = load(SEPARATORS, values["separator"]["name"], "separator")
+            approach = load(APPROACHES, values["approach"]["name"], "approach")
+        except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"setting {setting!r}: section {section!r} has no field {_suggest(name, hints)}"
-            )
-        changes.setdefault(section, {})[name] = _parse(setting, text.strip(), hints[name])
-    return replace(
-        config,
-        **{section: replace(getattr(config, section), **new) for section, new in changes.items()},
-    )
+                f"stored configuration: no separator or approach ({error})"
+            ) from error
+        kinds = {entry.name: entry.type for entry in fields(cls)}
+        kinds |= {
+            "separator": separator.Config,
+            "loss": separator.Loss,
+            "approach": approach.Config,
+        }
+        if unknown := set(values) - set(kinds):
+            raise ConfigError(f"stored configuration: unknown sections {sorted(unknown)}")
+        return cls(**{name: _read_section(name, kinds[name], values.get(name)) for name in kinds})
+
+
+def _read_section(section: str, kind: Any, stored: Any) -> Any:
+    names = {entry.name for entry in fields(kind)}
+    if not isinstance(stored, dict) or set(stored) != names:
+        raise ConfigError(
+            f"stored configuration: section {section!r} is {stored!r}; "
+            f"expected the fields {', '.join(sorted(names))}"
+        )
+    return kind(**{entry.name: stored[entry.name] for entry in fields(kind) if entry.init})
+
+
+def type_hints(kind: type[Section]) -> dict[str, Any]:
+    """Return the type of each field of a section."""
+    hints = get_type_hints(kind)
+    return {entry.name: hints[entry.name] for entry in fields(kind)}
 
 
 def list_differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return ``section.field`` -> (old, new) for every field that differs."""
+    """Return ``section.field`` -> (old, new) of the fields that differ; None for a missing one."""
     before, after = old.to_json(), new.to_json()
-    return {
-        f"{section}.{name}": (before[section][name], after[section][name])
-        for section in before
-        for name in before[section]
-        if before[section][name] != after[section][name]
-    }
+    differences = {}
+    for section in before:
+        for name in before[section] | after[section]:
+            values = before[section].get(name), after[section].get(name)
+            if values[0] != values[1]:
+                differences[f"{section}.{name}"] = values
+    return differences
 
 
-def _parse(setting: str, text: str, kind: Any) -> Any:
-    if get_origin(kind) is Literal or kind is str:
-        return text
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"setting {setting!r}: {text!r} is not {_describe(kind)}") from None
-
-
-def _describe(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
+    """Say which values a field of a type takes."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[
         kind
     ]
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return f"{name!r}; did you mean {' or '.join(near)}?"
-    return f"{name!r}; there are {', '.join(names)}"
-
-
-def _check_types(section: Settings) -> None:
-    """Refuse values of another type; a whole number becomes the float that a field wants."""
-    for name, kind in get_type_hints(type(section)).items():
-        value = getattr(section, name)
-        if kind is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(section, name, value)
-        if get_origin(kind) is Literal:
-            fits = value in get_args(kind)
-        else:
-            fits = type(value) is kind and (kind is not float or math.isfinite(value))
-        _check(section, name, fits, _describe(kind))
-
-
-def _check(section: Settings, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        title = type(section).__name__.removesuffix("Config").lower()
-        raise ConfigError(f"{title}.{name} is {getattr(section, name)!r}; expected {expected}")

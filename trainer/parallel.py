@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from flsep.trainer.errors import LostProcessError
@@ -96,6 +95,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process; all of them have to call this."""
+    if count_ranks() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return the picklable value that each process gives, in the order of the ranks."""
     if count_ranks() == 1:
@@ -128,8 +134,20 @@ def gather_rows(rows_MX: Tensor) -> Tensor:
     sizes = sum_over_ranks(counts).tolist()
     before = sum(sizes[: dist.get_rank()])
     after = sum(sizes) - before - len(rows_MX)
-    gathered: Tensor = all_reduce(F.pad(rows_MX, (0, 0, before, after)))
+    gathered: Tensor = _Sum.apply(F.pad(rows_MX, (0, 0, before, after)))
     return gathered
+
+
+class _Sum(torch.autograd.Function):
+    """Add up a tensor over the processes, and in the backward pass their gradients of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_over_ranks(grads[0].clone(memory_format=torch.contiguous_format))
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -172,9 +190,9 @@ class BatchNorm(nn.BatchNorm1d):
         with torch.autocast(rows_MX.device.type, enabled=False):
             rows = rows_MX.float()
             count = sum_over_ranks(torch.tensor(float(len(rows)), device=rows.device))
-            mean_X = all_reduce(rows.sum(0)) / count
+            mean_X = _Sum.apply(rows.sum(0)) / count
             centred_MX = rows - mean_X
-            variance_X = all_reduce(centred_MX.square().sum(0)) / count
+            variance_X = _Sum.apply(centred_MX.square().sum(0)) / count
             with torch.no_grad():
                 self.running_mean.lerp_(mean_X, self.momentum)
                 self.running_var.lerp_(variance_X * (count / (count - 1)), self.momentum)

@@ -74,31 +74,6 @@ def synthesise(spectrum_NBCF: Tensor, hop: int, num_samples: int | None = None) 
     return waveform_BCT
 
 
-def time_signals(
-    estimates_SNBCF: Tensor, mixture_NBCF: Tensor, hop: int, num_samples: int | None = None
-) -> Tensor:
-    """Give magnitudes the mixture's phase and transform them back.
-
-    Parameters
-    ----------
-    estimates_SNBCF : Tensor
-        Magnitudes, float32 [source, frame, batch, channel, bin].
-    mixture_NBCF : Tensor
-        Spectrum of the mixture, complex64 [frame, batch, channel, bin].
-    hop, num_samples : int
-        As for `synthesise`.
-
-    Returns
-    -------
-    Tensor
-        Waveforms, float32 [source, batch, channel, sample].
-    """
-    magnitude_NBCF = mixture_NBCF.abs()
-    phase_NBCF = mixture_NBCF / magnitude_NBCF.clamp_min(torch.finfo(magnitude_NBCF.dtype).tiny)
-    # Real times complex, left to torch, takes twice as long.
-    return synthesise(estimates_SNBCF.to(phase_NBCF.dtype) * phase_NBCF, hop, num_samples)
-
-
 class _Inverse(torch.autograd.Function):
     """The inverse transform with frames first, as they come, and its adjoint.
 

@@ -26,15 +26,16 @@ from flsep.cache import (
     write_index,
 )
 from flsep.trainer.approaches.informed import InformedSeparator, build_model
-from flsep.trainer.config import DataConfig, TrainConfig, apply_settings
+from flsep.trainer.config import DataConfig, TrainConfig
 from flsep.trainer.data.batch import Batch
 from flsep.trainer.data.excerpts import draw_excerpts
 from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.reader import Reader
+from flsep.trainer.settings import apply_settings
 from flsep.trainer.training.clock import WaitClock
 from flsep.trainer.training.launch import keep_freed_memory
 from flsep.trainer.training.objective import Objective
-from flsep.trainer.training.optimizer import Updates
+from flsep.trainer.training.optimizer import Optimizer
 
 SOURCES = ("drums", "bass", "other", "vocals")
 SMALL = (
@@ -120,17 +121,17 @@ class Step:
     def __init__(self, config: TrainConfig, layout: Layout, device: torch.device) -> None:
         self.objective = Objective(config, device, layout.hop_samples)
         self.model: InformedSeparator = build_model(config, layout).to(device)
-        self.updates = Updates(self.model, config.optim)
+        self.optimizer = Optimizer(self.model, config.optim)
         if config.compute.compile:
             self.model.separator.compile_layers()
 
     def __call__(self, batch: Batch) -> float:
-        self.updates.start()
+        self.optimizer.zero_grad()
         terms = self.objective(self.model, batch)
         terms["total"].backward()
-        norm = self.updates.gradient_norm()
+        norm = self.optimizer.gradient_norm()
         loss, _ = torch.stack([terms["total"].detach(), norm]).tolist()
-        self.updates.apply(norm)
+        self.optimizer.step(norm)
         return loss
 
 
@@ -178,7 +179,7 @@ def test_step(
     step = Step(config, layout, device)
     separator = step.model.separator
     twin = PlainXUMX(
-        SOURCES, 2, layout.num_bins, separator.max_bin, separator.hidden_size, dropout=0.4
+        SOURCES, 2, layout.num_bins, separator.max_bin, config.separator.hidden_size, dropout=0.4
     )
     twin.load_state_dict(separator.public_state())
     twin.to(device)

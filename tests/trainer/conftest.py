@@ -12,7 +12,8 @@ import torch
 from plain_mixes import make_mixes
 
 from flsep.cache import Layout, ShardFile, Shards, ShardWriter, TrackPlan, build_index, write_index
-from flsep.trainer.config import TrainConfig, apply_settings
+from flsep.trainer.config import TrainConfig
+from flsep.trainer.settings import apply_settings
 
 RATE_HZ = 8000
 SOURCES = ("drums", "bass", "vocals")

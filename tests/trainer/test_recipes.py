@@ -1,7 +1,7 @@
 from flsep.cache import Grid, Layout
 from flsep.trainer.approaches.informed import build_model
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.recipes import RECIPES, demo, xumx
+from flsep.trainer.recipes import RECIPES, demo, resolve_config, xumx
 
 
 def test_xumx_is_the_public_recipe() -> None:
@@ -43,3 +43,12 @@ def test_demo_is_small_and_compares_windows() -> None:
 
 def test_recipes_go_by_name() -> None:
     assert set(RECIPES) == {"xumx", "demo"}
+
+
+def test_a_recipe_chooses_settings_for_each_approach() -> None:
+    settings = ["approach.name=concat"]
+    assert resolve_config("xumx", settings).approach.projection_size == 128  # type: ignore[attr-defined]
+    assert resolve_config("demo", settings).approach.projection_size == 16  # type: ignore[attr-defined]
+    more = [*settings, "approach.projection_size=8"]
+    assert resolve_config("demo", more).approach.projection_size == 8  # type: ignore[attr-defined]
+    assert resolve_config("demo", ["approach.name=distance"]) == demo("distance")

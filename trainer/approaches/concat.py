@@ -1,22 +1,78 @@
-"""Concatenate the mixture's embedding to the latent."""
+"""Concatenation: the decoders see the mixture's embedding beside the shared latent.
+
+Shape suffixes: B batch, N frames, W windows, P features of the projected embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
-from flsep.trainer.approaches.interface import Approach, _check_embeddings
+from flsep.trainer.approaches.interface import Approach, Needs, TeacherSignal, check_embeddings
+from flsep.trainer.config import ApproachConfig
 from flsep.trainer.teacher import TeacherWindows
 
 
-class _Concatenation(Approach):
-    """Condition the decoders on the mixture's embedding, held over its window's frames."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConcatenationConfig(ApproachConfig):
+    """Concatenate the mixture's embedding, projected, to the latent before the decoders.
 
-    def __init__(self, embedding_size: int, projection_size: int) -> None:
-        super().__init__()
-        self.condition_size = projection_size
-        # Tanh: the range of the latent it is concatenated to.
-        self.project = nn.Sequential(nn.Linear(embedding_size, projection_size), nn.Tanh())
+    Attributes
+    ----------
+    name : {'concat'}
+        Name of the approach.
+    teacher_signal : {'mixture'}
+        Signal whose embeddings are used.
+    projection_size : int
+        Number of features of the projected embedding.
+    """
+
+    name: Literal["concat"] = field(default="concat", init=False)
+    teacher_signal: TeacherSignal = "mixture"
+    projection_size: int = 128
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require(
+            "teacher_signal",
+            self.teacher_signal == "mixture",
+            "'mixture': concat needs the embedding to separate, too, where no stems are known",
+        )
+        self.require("projection_size", self.projection_size >= 1, "1 or more")
+
+
+class Concatenation(Approach):
+    """Condition the separator on the embedding of the window that each frame lies in."""
+
+    Config = ConcatenationConfig
+
+    def __init__(
+        self,
+        config: ApproachConfig,
+        *,
+        embedding_size: int,
+        latent_sizes: Mapping[str, int],
+        sources: tuple[str, ...],
+    ) -> None:
+        assert isinstance(config, ConcatenationConfig)
+        super().__init__(
+            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
+        )
+        self.condition_size = config.projection_size
+        # Tanh gives the range of X-UMX's latent, which the projection is concatenated to.
+        self.project = nn.Sequential(nn.Linear(embedding_size, config.projection_size), nn.Tanh())
+
+    @classmethod
+    def needs(cls, config: ApproachConfig) -> Needs:
+        """Return that the mixture's embedding is needed in training and in separation."""
+        return Needs(teacher_signal="mixture", teacher_to_separate=True)
 
     def condition(self, windows: TeacherWindows, num_frames: int) -> Tensor:
-        _check_embeddings(windows, None)
+        """Return the projected embedding of the window held at each frame, [frame, batch, P]."""
+        check_embeddings(windows, None)
         if windows.held.shape != (len(windows.embeddings), num_frames):
             raise ValueError(
                 f"windows are held over {tuple(windows.held.shape)} (batch, frames): "
@@ -26,3 +82,7 @@ class _Concatenation(Approach):
         index_BNP = windows.held[..., None].expand(-1, -1, projected_BWP.shape[-1])
         held_BNP: Tensor = projected_BWP.gather(1, index_BNP)
         return held_BNP.transpose(0, 1)
+
+    def describe(self) -> str:
+        """Name the approach and its signal."""
+        return "concat with the mixture's embeddings"

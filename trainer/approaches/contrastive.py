@@ -1,12 +1,24 @@
-"""The contrastive regularizer."""
+"""Contrastive regularization: a window's latent must pick its own window's embedding.
+
+InfoNCE (van den Oord et al., "Representation learning with contrastive predictive coding", 2018,
+eq. 4) of the projected latents of all windows in a batch against their embeddings.
+
+Shape suffixes: D latent, E embedding; M compared windows.
+"""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flsep.trainer.approaches.regularizer import _EPSILON
+from flsep.trainer.approaches.regularizer import COSINE_EPSILON, Regularizer, RegularizerConfig
+from flsep.trainer.config import ApproachConfig
 
 # Windows whose embeddings are this similar (0.8 degrees apart) sound the same to the teacher: a
 # loop, or one passage drawn twice. Calling one the other's negative would set the loss against
@@ -14,20 +26,65 @@ from flsep.trainer.approaches.regularizer import _EPSILON
 DUPLICATE_COSINE = 0.9999
 
 
-class _Contrastive(nn.Module):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveConfig(RegularizerConfig):
+    """Contrastive regularization.
+
+    Attributes
+    ----------
+    name : {'contrastive'}
+        Name of the approach.
+    teacher_signal : {'mixture', 'stems'}
+        Signal whose embeddings are used.
+    weight : float
+        Factor of the regularizer, > 0.
+    silence_db : float
+        Windows quieter than this, in dBFS, are not compared.
+    temperature : float
+        Divisor of the cosine similarities, > 0.
+    projection_size : int
+        Number of hidden units of the projection of the latent.
+    """
+
+    name: Literal["contrastive"] = field(default="contrastive", init=False)
+    temperature: float = 0.1
+    projection_size: int = 128
+
+    def __post_init__(self) -> None:
+        RegularizerConfig.__post_init__(self)
+        self.require("temperature", self.temperature > 0, "> 0")
+        self.require("projection_size", self.projection_size >= 1, "1 or more")
+
+
+class Contrastive(Regularizer):
+    """Project the latents of windows into the teacher's space and compare them there."""
+
+    Config = ContrastiveConfig
+
     def __init__(
-        self, latent_size: int, embedding_size: int, projection_size: int, temperature: float
+        self,
+        config: ApproachConfig,
+        *,
+        embedding_size: int,
+        latent_sizes: Mapping[str, int],
+        sources: tuple[str, ...],
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
+        assert isinstance(config, ContrastiveConfig)
+        super().__init__(
+            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
+        )
+        self.temperature = config.temperature
+        latent = self.needs(config).latent
+        assert latent is not None
         # Only the latent is projected: the teacher's space stays as it is.
         self.project = nn.Sequential(
-            nn.Linear(latent_size, projection_size),
+            nn.Linear(latent_sizes[latent], config.projection_size),
             nn.ReLU(),
-            nn.Linear(projection_size, embedding_size),
+            nn.Linear(config.projection_size, embedding_size),
         )
 
-    def forward(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
+    def compare(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
+        """Return the loss, and the share of windows that pick their own embedding."""
         projected_ME = self.project(latents_MD)
         loss, accuracy = contrastive_loss(projected_ME, embeddings_ME, self.temperature)
         return {"regularizer": loss, "retrieval_accuracy": accuracy}
@@ -38,9 +95,9 @@ def contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE of projected latents against embeddings.
 
-    Each latent's logits are its cosine similarities to all embeddings over the temperature; its
-    own window is the right answer; windows that the teacher hardly tells from it
-    (`DUPLICATE_COSINE`) are no candidates.
+    The logits of a latent are its cosine similarities to all embeddings, divided by the
+    temperature, and its own window is the right answer. Windows that the teacher hardly tells from
+    it (`DUPLICATE_COSINE`) are left out.
 
     Parameters
     ----------
@@ -59,10 +116,10 @@ def contrastive_loss(
     """
     if len(projected_ME) < 2:
         return projected_ME.sum() * 0.0, projected_ME.new_zeros(())
-    teacher_ME = F.normalize(embeddings_ME, dim=-1, eps=_EPSILON)
+    teacher_ME = F.normalize(embeddings_ME, dim=-1, eps=COSINE_EPSILON)
     own_MM = torch.eye(len(teacher_ME), dtype=torch.bool, device=teacher_ME.device)
     duplicates_MM = (teacher_ME @ teacher_ME.T >= DUPLICATE_COSINE) & ~own_MM
-    cosines_MM = F.normalize(projected_ME, dim=-1, eps=_EPSILON) @ teacher_ME.T
+    cosines_MM = F.normalize(projected_ME, dim=-1, eps=COSINE_EPSILON) @ teacher_ME.T
     logits_MM = (cosines_MM / temperature).masked_fill(duplicates_MM, -math.inf)
     answers_M = torch.arange(len(logits_MM), device=logits_MM.device)
     accuracy = (logits_MM.detach().argmax(-1) == answers_M).float().mean()

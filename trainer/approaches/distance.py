@@ -1,14 +1,49 @@
-"""The distance-based regularizer."""
+"""Distance-based regularization: latents shall lie apart as their embeddings do.
+
+The matrix of cosine distances between the latents of all windows in a batch is pulled to that of
+their embeddings.
+
+Shape suffixes: D latent, E embedding; M compared windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from flsep.trainer.approaches.regularizer import _EPSILON
+from flsep.trainer.approaches.regularizer import COSINE_EPSILON, Regularizer, RegularizerConfig
 
 
-class _Distance(nn.Module):
-    def forward(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistanceConfig(RegularizerConfig):
+    """Distance-based regularization.
+
+    Attributes
+    ----------
+    name : {'distance'}
+        Name of the approach.
+    teacher_signal : {'mixture', 'stems'}
+        Signal whose embeddings are used.
+    weight : float
+        Factor of the regularizer, > 0.
+    silence_db : float
+        Windows quieter than this, in dBFS, are not compared.
+    """
+
+    name: Literal["distance"] = field(default="distance", init=False)
+
+
+class Distance(Regularizer):
+    """Compare the distances between latents with those between embeddings."""
+
+    Config = DistanceConfig
+
+    def compare(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
+        """Return the loss."""
         return {"regularizer": distance_loss(latents_MD, embeddings_ME)}
 
 
@@ -29,8 +64,8 @@ def distance_loss(latents_MD: Tensor, embeddings_ME: Tensor) -> Tensor:
     num_windows = len(latents_MD)
     if num_windows < 2:
         return latents_MD.sum() * 0.0
-    latents_MD = F.normalize(latents_MD, dim=-1, eps=_EPSILON)
-    embeddings_ME = F.normalize(embeddings_ME, dim=-1, eps=_EPSILON)
+    latents_MD = F.normalize(latents_MD, dim=-1, eps=COSINE_EPSILON)
+    embeddings_ME = F.normalize(embeddings_ME, dim=-1, eps=COSINE_EPSILON)
     # (1 - cos) - (1 - cos'): the ones cancel.
     differences_MM = latents_MD @ latents_MD.T - embeddings_ME @ embeddings_ME.T
     pairs_MM = ~torch.eye(num_windows, dtype=torch.bool, device=latents_MD.device)

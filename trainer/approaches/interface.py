@@ -1,79 +1,165 @@
-"""The interface of an approach."""
+"""The interface of an approach, and the check that a configuration makes sense.
+
+Shape suffixes: S sources, B batch, N frames, W windows, D latent, E embedding, P condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from flsep.trainer.separators.interface import Separation
+from flsep.trainer.config import ApproachConfig, TrainConfig
+from flsep.trainer.errors import ConfigError
+from flsep.trainer.registry import APPROACHES, SEPARATORS, load
 from flsep.trainer.teacher import TeacherWindows
 
+TeacherSignal = Literal["mixture", "stems"]
 
-class Approach(nn.Module):
-    """Plain X-UMX, and the interface of the ways to inform it.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What an approach needs of the data, of the separator and of the teacher.
 
     Attributes
     ----------
+    teacher_signal : {'mixture', 'stems'} or None
+        Signal whose embeddings it is trained with; None for no embeddings.
+    teacher_to_separate : bool
+        Whether it needs the mixture's embeddings to separate, too.
+    latent : str or None
+        Name of the separator's latent that it compares with the embeddings. Excerpts then have to
+        hold a whole teacher window.
+    """
+
+    teacher_signal: TeacherSignal | None = None
+    teacher_to_separate: bool = False
+    latent: str | None = None
+
+
+class Approach(nn.Module):
+    """Base class of approaches: gives a condition, a regularizer, both or neither.
+
+    It is registered under its name in `flsep.trainer.registry`.
+
+    Parameters
+    ----------
+    config : ApproachConfig
+        An instance of `Config`.
+    embedding_size : int
+        Number of dimensions of the teacher's embeddings.
+    latent_sizes : mapping of str to int
+        Number of features of each of the separator's latents.
+    sources : tuple of str
+        The separator's sources, in its order.
+
+    Attributes
+    ----------
+    Config : type
+        Section ``approach`` of the configuration.
     condition_size : int
-        Number of features that `condition` gives for each frame; the separator's.
+        Number of features that `condition` returns for each frame; 0 for no condition.
     weight : float
         Factor of the regularizer: total loss = separation loss + weight * regularizer.
     """
 
+    Config: ClassVar[type[ApproachConfig]]
     condition_size: int = 0
     weight: float = 0.0
 
+    def __init__(
+        self,
+        config: ApproachConfig,
+        *,
+        embedding_size: int,
+        latent_sizes: Mapping[str, int],
+        sources: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+
+    @classmethod
+    def needs(cls, config: ApproachConfig) -> Needs:
+        """Return what the approach needs with these settings."""
+        return Needs()
+
     def condition(self, windows: TeacherWindows, num_frames: int) -> Tensor | None:
-        """Return features to concatenate to the shared latent.
-
-        Parameters
-        ----------
-        windows : TeacherWindows
-            The teacher's windows.
-        num_frames : int
-            Number of latent frames of the excerpt.
-
-        Returns
-        -------
-        Tensor or None
-            float [frame, batch, condition_size], or None.
-
-        Raises
-        ------
-        ValueError
-            If the windows do not fit.
-        """
+        """Return features for the separator, float [frame, batch, condition_size], or None."""
         return None
 
-    def regularizer(self, separation: Separation, windows: TeacherWindows) -> dict[str, Tensor]:
+    def regularizer(
+        self, latents: Mapping[str, Tensor], windows: TeacherWindows
+    ) -> dict[str, Tensor]:
         """Compare latents and embeddings.
 
         Parameters
         ----------
-        separation : Separation
-            The separator's latents.
+        latents : mapping of str to Tensor
+            Latents of the separator, as in `flsep.trainer.separators.interface.Separation`.
         windows : TeacherWindows
-            The teacher's windows.
+            Embeddings of the windows of the excerpts.
 
         Returns
         -------
         dict of str to Tensor
-            Empty, or float32 scalars: `regularizer`, the unweighted loss; and diagnostics without
-            gradient: `num_windows` that were compared, and `retrieval_accuracy` (`contrastive`).
-
-        Raises
-        ------
-        ValueError
-            If the windows do not fit.
+            Nothing; or float32 scalars: ``regularizer``, the unweighted loss, and diagnostics
+            without gradient, such as ``num_windows``, the number of windows that were compared.
         """
         return {}
 
+    def describe(self) -> str:
+        """Describe the approach in a few words."""
+        raise NotImplementedError
 
-def _check_embeddings(windows: TeacherWindows, sources: tuple[str, ...] | None) -> None:
-    shape = tuple(windows.embeddings.shape)
-    if sources is None and len(shape) != 3:
-        raise ValueError(
-            f"embeddings of shape {shape}: expected the mixture's (batch, window, dim)"
+
+def find_needs(config: ApproachConfig) -> Needs:
+    """Return what the configured approach needs."""
+    needs: Needs = load(APPROACHES, config.name, "approach").needs(config)
+    return needs
+
+
+def require_possible(config: TrainConfig) -> Needs:
+    """Refuse a combination of approach, mixing and separator that cannot work.
+
+    Returns
+    -------
+    Needs
+        What the approach needs.
+
+    Raises
+    ------
+    ConfigError
+        With the reason and the remedy.
+    """
+    name, needs = config.approach.name, find_needs(config.approach)
+    if config.data.mixing == "random" and needs.teacher_signal == "mixture":
+        others = "" if needs.teacher_to_separate else ", or --teacher-signal stems"
+        raise ConfigError(
+            f"{name} needs the mixture's embedding, and a random mixture has no precomputed "
+            "embedding; use --mixing original, --mixing rendered with the mixes of "
+            f"flsep-precompute mixes{others}"
         )
-    if sources is not None and (len(shape) != 4 or shape[0] != len(sources)):
+    separator = load(SEPARATORS, config.separator.name, "separator")
+    latents = separator.latent_sizes(config.separator)
+    if needs.latent is not None and needs.latent not in latents:
+        raise ConfigError(
+            f"{name} with the embeddings of the {needs.teacher_signal} compares the latent "
+            f"{needs.latent!r}, and the separator {config.separator.name} has "
+            f"{', '.join(map(repr, latents)) or 'none'}; use another --teacher-signal or separator"
+        )
+    return needs
+
+
+def check_embeddings(windows: TeacherWindows, num_sources: int | None) -> None:
+    """Raise ValueError unless the embeddings are those of the mixture, or of so many stems."""
+    shape = tuple(windows.embeddings.shape)
+    if num_sources is None and len(shape) != 3:
         raise ValueError(
-            f"embeddings of shape {shape}: expected those of the {len(sources)} stems "
-            f"{', '.join(sources)} as (source, batch, window, dim)"
+            f"embeddings of shape {shape}; expected the mixture's (batch, window, dim)"
+        )
+    if num_sources is not None and (len(shape) != 4 or shape[0] != num_sources):
+        raise ValueError(
+            f"embeddings of shape {shape}; expected those of {num_sources} stems as "
+            "(source, batch, window, dim)"
         )

@@ -1,48 +1,111 @@
-"""Compare latents and embeddings window by window."""
+"""What the regularizers have in common: latents and embeddings are compared window by window.
+
+With the stems as the teacher's signal, each source's own latent is compared with the embeddings of
+that source's stem, and the windows of all sources form one pool. The other sources at the same
+moment are then negatives, which is what a separator's latent has to tell apart. In pools of their
+own, sources would only have to tell moments apart, and a source that is silent except in one window
+would have no negative at all.
+
+Shape suffixes: S sources, B batch, N frames, W windows, D latent, E embedding; M compared windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flsep.trainer.approaches.interface import Approach, _check_embeddings
+from flsep.trainer.approaches.interface import Approach, Needs, TeacherSignal, check_embeddings
+from flsep.trainer.config import ApproachConfig
 from flsep.trainer.parallel import gather_rows
-from flsep.trainer.separators.interface import Separation
 from flsep.trainer.teacher import TeacherWindows
 
-# Keeps the gradient of a cosine finite at the zero vector.
-_EPSILON = 1e-6
+COSINE_EPSILON = 1e-6
+"""Keeps the gradient of a cosine finite at the zero vector."""
 
 
-class _Regularizer(Approach):
-    """Compare the latents of audible windows inside their excerpts with their embeddings.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegularizerConfig(ApproachConfig):
+    """Base class of the regularizers' sections.
 
-    In training, the windows of all processes are compared with each other: those of a batch.
+    Attributes
+    ----------
+    teacher_signal : {'mixture', 'stems'}
+        Signal whose embeddings are used.
+    weight : float
+        Factor of the regularizer, > 0.
+    silence_db : float
+        Windows quieter than this, in dBFS, are not compared.
     """
+
+    teacher_signal: TeacherSignal = "mixture"
+    weight: float = 1.0
+    silence_db: float = -60.0
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("weight", self.weight > 0, "> 0; for no regularizer use --approach none")
+
+
+class Regularizer(Approach):
+    """Base class of approaches that compare latents with embeddings.
+
+    Only windows count that lie in their excerpt and are audible. In training, the windows of all
+    processes are compared with each other: those of a whole batch.
+    """
+
+    Config = RegularizerConfig
 
     def __init__(
         self,
-        criterion: nn.Module,
+        config: ApproachConfig,
         *,
-        sources: tuple[str, ...] | None,
-        weight: float,
-        silence_db: float,
+        embedding_size: int,
+        latent_sizes: Mapping[str, int],
+        sources: tuple[str, ...],
     ) -> None:
-        super().__init__()
-        self.criterion = criterion
-        self.sources = sources
-        self.weight = weight
-        self.silence_db = silence_db
+        assert isinstance(config, RegularizerConfig)
+        super().__init__(
+            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
+        )
+        self.config = config
+        self.weight = config.weight
+        self.num_stems = len(sources) if config.teacher_signal == "stems" else None
 
-    def regularizer(self, separation: Separation, windows: TeacherWindows) -> dict[str, Tensor]:
-        _check_embeddings(windows, self.sources)
-        latent = separation.source_latents_SNBD if self.sources else separation.shared_latent_NBD
+    @classmethod
+    def needs(cls, config: ApproachConfig) -> Needs:
+        """Return the signal whose embeddings are compared, and the latent that is compared."""
+        assert isinstance(config, RegularizerConfig)
+        latent = "sources" if config.teacher_signal == "stems" else "shared"
+        return Needs(teacher_signal=config.teacher_signal, latent=latent)
+
+    def compare(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
+        """Return the loss as ``regularizer``, and diagnostics, of windows row by row."""
+        raise NotImplementedError
+
+    def regularizer(
+        self, latents: Mapping[str, Tensor], windows: TeacherWindows
+    ) -> dict[str, Tensor]:
+        """Compare the latents of the windows that count with their embeddings."""
+        check_embeddings(windows, self.num_stems)
+        name = self.needs(self.config).latent
+        assert name is not None
+        latent = latents[name]
         with torch.autocast(latent.device.type, enabled=False):
             pooled = pool_windows(latent.float(), windows.bounds)
-            compared = windows.inside & (windows.activity_db >= self.silence_db)
+            compared = windows.inside & (windows.activity_db >= self.config.silence_db)
             latents_MD, embeddings_ME = pooled[compared], windows.embeddings[compared].float()
             if self.training:
                 latents_MD, embeddings_ME = gather_rows(latents_MD), gather_rows(embeddings_ME)
             num_windows = torch.tensor(float(len(latents_MD)), device=latent.device)
-            return {**self.criterion(latents_MD, embeddings_ME), "num_windows": num_windows}
+            return {**self.compare(latents_MD, embeddings_ME), "num_windows": num_windows}
+
+    def describe(self) -> str:
+        """Name the approach, its signal and its weight."""
+        signal = self.config.teacher_signal
+        return f"{self.config.name} with the {signal}'s embeddings, weight {self.weight:g}"
 
 
 def pool_windows(latent_NBD: Tensor, bounds: Tensor) -> Tensor:
@@ -53,8 +116,8 @@ def pool_windows(latent_NBD: Tensor, bounds: Tensor) -> Tensor:
     latent_NBD : Tensor
         float [..., frame, batch, latent].
     bounds : Tensor
-        First and one-past-last frame of each window, int64 [..., batch, window, 2]. Frames
-        outside the latent do not count.
+        First and one-past-last frame of each window, int64 [..., batch, window, 2]. Frames outside
+        the latent do not count.
 
     Returns
     -------

@@ -116,17 +116,17 @@ class Example(NamedTuple):
     mixture_BCT : Tensor
         Waveform, float32.
     references_SNBCF : Tensor
-        Magnitudes of the sources, float32.
+        Spectra of the sources, complex64.
     references_SBCT : Tensor
         Their waveforms, float32.
     windows : TeacherWindows or None
         Of the teacher.
     """
 
-    mixture_NBCF: Tensor  # noqa: N815
-    mixture_BCT: Tensor  # noqa: N815
-    references_SNBCF: Tensor  # noqa: N815
-    references_SBCT: Tensor  # noqa: N815
+    mixture_NBCF: Tensor
+    mixture_BCT: Tensor
+    references_SNBCF: Tensor
+    references_SBCT: Tensor
     windows: TeacherWindows | None
 
 
@@ -175,4 +175,4 @@ def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
         sources_SNBCF = spectra_GNBCF * batch.gains[:, None, :, None, None]
         sources_SBCT = synthesise(sources_SNBCF, hop_samples)
         mixture_NBCF, mixture_BCT = sources_SNBCF.sum(0), sources_SBCT.sum(0)
-    return Example(mixture_NBCF, mixture_BCT, sources_SNBCF.abs(), sources_SBCT, batch.windows)
+    return Example(mixture_NBCF, mixture_BCT, sources_SNBCF, sources_SBCT, batch.windows)

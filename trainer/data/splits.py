@@ -22,27 +22,31 @@ from flsep.trainer.parallel import Part, count_local_ranks
 
 
 class Splits:
-    """What a training reads.
+    """The excerpts that a training and its validation read.
 
     Parameters
     ----------
     config : TrainConfig
-        Its sections `data` and `approach`, and the seed.
+        Section `data`, and the seed.
     shards : Shards
-        With the splits ``train`` and ``valid``.
+        Shards with the splits ``train`` and ``valid``.
+    teacher_signal : {'mixture', 'stems'} or None
+        Signal whose embeddings the batches hold.
+    compares_windows : bool
+        Whether an excerpt is of no use unless it holds a whole teacher window.
     device, num_workers, part, resident, report, mixes
-        As for `Training`.
+        See `flsep.trainer.training.state.Training`.
 
     Attributes
     ----------
     grid : Grid
         Length of the excerpts, and the teacher's windows in them.
     train_tracks, valid_tracks, short_tracks : list of TrackRecord
-        What is used, and what is too short for an excerpt.
+        Tracks that are used, and tracks that are too short for an excerpt.
     train_excerpts, valid_excerpts : Excerpts
-        Of an epoch, in all processes.
+        Excerpts of an epoch, in all processes.
     reader : Reader
-        Reads them.
+        Reader of the excerpts.
 
     Raises
     ------
@@ -57,6 +61,8 @@ class Splits:
         config: TrainConfig,
         shards: Shards,
         *,
+        teacher_signal: str | None,
+        compares_windows: bool,
         device: torch.device,
         num_workers: int,
         part: Part,
@@ -64,16 +70,16 @@ class Splits:
         report: Callable[[int, int], None] | None,
         mixes: Mixes | None,
     ) -> None:
-        approach, data = config.approach, config.data
+        data = config.data
         self._batch_size = data.batch_size
         self._device, self._num_workers, self._part = device, num_workers, part
         shards.check_files("train", "valid")
         grid = self.grid = Grid(shards.layout, data.excerpt_seconds)
-        if approach.name in ("contrastive", "distance") and not grid.num_whole_windows:
+        if compares_windows and not grid.num_whole_windows:
             raise DataError(
                 f"an excerpt of {data.excerpt_seconds:g} s holds no whole teacher window of "
-                f"{shards.layout.window_seconds:g} s, which {approach.name} compares: use --set "
-                "data.excerpt_seconds=..."
+                f"{shards.layout.window_seconds:g} s, which {config.approach.name} compares; use "
+                "--set data.excerpt_seconds=..."
             )
         self.train_tracks, train_short = grid.split_by_length(shards, "train")
         self.valid_tracks, valid_short = grid.split_by_length(shards, "valid")
@@ -87,7 +93,6 @@ class Splits:
         )
         self.valid_excerpts = ConsecutiveExcerpts(grid, self.valid_tracks)
         self._check_parts()
-        signal = None if approach.name == "none" else approach.teacher_signal
         source: Shards | Resident = shards
         if resident is not None:
             if resident == "device" and device.type == "cpu":
@@ -96,12 +101,12 @@ class Splits:
                 shards,
                 wanted_signals(shards.layout, data.mixing, self.train_tracks, self.valid_tracks),
                 device if resident == "device" else torch.device("cpu"),
-                teacher_signal=signal,
+                teacher_signal=teacher_signal,
                 num_threads=max(1, num_workers),
                 report=report,
                 num_processes=count_local_ranks(),
             )
-        self.reader = Reader(source, grid, signal)
+        self.reader = Reader(source, grid, teacher_signal)
 
     def _check_parts(self) -> None:
         smallest = smallest_batch(len(self.train_excerpts), self._batch_size)

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flsep.trainer.approaches.interface import find_needs
 from flsep.trainer.errors import InferenceError
 from flsep.trainer.inference.audio import AUDIO_SUFFIXES, WavWriters, read_blocks
 from flsep.trainer.runs.checkpoint import load_checkpoint, load_model
-from flsep.trainer.stft import analyse, synthesise, time_signals
+from flsep.trainer.stft import analyse, synthesise
 from flsep.trainer.teacher import TeacherWindows, held_windows
 
 CHUNK_SECONDS = 30.0
@@ -56,7 +57,7 @@ class TrackSeparator:
     ) -> None:
         checkpoint = load_checkpoint(path)
         self.layout, self.config = checkpoint.layout, checkpoint.config
-        self.needs_teacher = self.config.approach.name == "concat"
+        self.needs_teacher = find_needs(self.config.approach).teacher_to_separate
         self._standard = checkpoint.standard
         self._model = load_model(checkpoint, str(path)).to(device)
         self._device = device
@@ -106,8 +107,8 @@ class TrackSeparator:
         """
         if self.needs_teacher and (embeddings is None or not len(embeddings)):
             raise InferenceError(
-                "the model was trained with concat and needs the teacher's embeddings of what it "
-                "separates; there is none (audio shorter than a teacher window?)"
+                f"the model was trained with {self.config.approach.name} and needs the teacher's "
+                "embeddings to separate; there are none (audio shorter than a teacher window?)"
             )
         step = self._chunk - self._overlap
         fade = np.clip(np.linspace(-0.5, 1.5, self._overlap, dtype=np.float32), 0, 1)
@@ -156,13 +157,10 @@ class TrackSeparator:
         windows = None
         if self.needs_teacher and embeddings is not None:
             windows = self._hold(embeddings, start // self.layout.hop_samples, len(mixture_NBCF))
-        estimates_SNBCF = self._model(mixture_NBCF.abs(), windows).estimates_SNBCF
-        hop, length = self.layout.hop_samples, num_samples + padding
+        estimates_SNBCF = self._model(mixture_NBCF, windows).estimates_SNBCF
         if self._wiener:
-            spectra_SNBCF = filter_wiener(estimates_SNBCF, mixture_NBCF)
-            waveforms_SBCT = synthesise(spectra_SNBCF, hop, length)
-        else:
-            waveforms_SBCT = time_signals(estimates_SNBCF, mixture_NBCF, hop, length)
+            estimates_SNBCF = filter_wiener(estimates_SNBCF, mixture_NBCF)
+        waveforms_SBCT = synthesise(estimates_SNBCF, self.layout.hop_samples, num_samples + padding)
         waveforms: NDArray[np.float32] = waveforms_SBCT[:, 0, :, :num_samples].cpu().numpy()
         return waveforms
 
@@ -184,15 +182,15 @@ class TrackSeparator:
 
 
 def filter_wiener(estimates_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
-    """Refine magnitudes by one EM iteration of the multichannel Wiener filter.
+    """Refine estimates by one EM iteration of the multichannel Wiener filter.
 
     Liutkus and Stoeter, "sigsep/norbert", 2019; in blocks of frames, as open-unmix does, to bound
-    the memory.
+    the memory. The filter starts from the magnitudes of the estimates and the mixture's phase.
 
     Parameters
     ----------
     estimates_SNBCF : Tensor
-        Magnitudes, float32 [source, frame, batch, channel, bin].
+        Spectra, complex64 [source, frame, batch, channel, bin].
     mixture_NBCF : Tensor
         Spectrum of the mixture, complex64 [frame, batch, channel, bin].
 
@@ -202,7 +200,7 @@ def filter_wiener(estimates_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
         Spectra of the sources, complex64 [source, frame, batch, channel, bin].
     """
     norbert = _import_norbert()
-    estimates, mixture = estimates_SNBCF.cpu().numpy(), mixture_NBCF.cpu().numpy()
+    estimates, mixture = estimates_SNBCF.abs().cpu().numpy(), mixture_NBCF.cpu().numpy()
     spectra = np.empty(estimates.shape, np.complex64)
     for start in range(0, len(mixture), _WIENER_FRAMES):
         frames = slice(start, start + _WIENER_FRAMES)

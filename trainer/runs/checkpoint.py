@@ -1,9 +1,9 @@
-"""One file a checkpoint: weights as safetensors, everything else as JSON in their header.
+"""Checkpoints: one safetensors file with the weights, and all else as JSON in its header.
 
-A file is written under a temporary name, fsynced and renamed, so that weights, configuration and
-training state always belong together. Nothing is unpickled. ``best.safetensors`` holds weights;
-``last.safetensors`` also what resuming needs: the state of the optimizer, of the moving average
-and of the random generators as tensors, the schedule and the position as JSON.
+Weights, configuration and training state cannot get mixed up, since they are one file that is
+written atomically. Nothing is unpickled. ``best.safetensors`` holds weights; ``last.safetensors``
+also holds what resuming needs: the state of the optimizer, of the moving average and of the random
+generators as tensors, the schedule and the position as JSON.
 
 Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.model.<name>`` and
 ``random.<device>.<rank>``.
@@ -12,7 +12,7 @@ Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,40 @@ from torch import Tensor, nn
 
 from flsep.cache import Layout, sync_folder
 from flsep.trainer.approaches.informed import InformedSeparator, build_model
-from flsep.trainer.config import TrainConfig
+from flsep.trainer.approaches.interface import find_needs
+from flsep.trainer.config import TrainConfig, configure_approach
 from flsep.trainer.errors import CheckpointError
 from flsep.trainer.teacher import Standard
 
 FORMAT_NAME = "flsep-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _HEADER = "flsep"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint.
 
     Attributes
     ----------
     config : TrainConfig
-        Of the training.
+        Configuration of the training.
     layout : Layout
-        Of the data it was trained on: sources, rate, STFT, teacher.
+        Layout of the training data: sources, rate, STFT, teacher.
     standard : Standard or None
-        Standardises the teacher's embeddings.
+        Statistics that the teacher's embeddings are standardised with.
     fingerprint : str
-        Of the shards' configuration.
+        Fingerprint of the shards' configuration.
     epoch : int
-        Epochs that were completed.
+        Number of completed epochs.
     metrics : dict
-        Of the last completed epoch, as in ``metrics.jsonl``.
+        Metrics of the last completed epoch, as in ``metrics.jsonl``.
     packages : dict
-        Versions of the packages that wrote it.
+        Versions of the packages that wrote the checkpoint.
     training : dict or None
         JSON values that resuming needs.
     tensors : mapping of str to Tensor
-        All on the CPU.
+        Weights and state, on the CPU when loaded.
     """
 
     config: TrainConfig
@@ -138,6 +139,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values = json.loads(header)
         if values["format"] != FORMAT_NAME or not isinstance(values["version"], int):
             raise ValueError(f"format {values['format']!r}")
+        if values["version"] == 2:
+            values, tensors = _upgrade(values, tensors)
         if values["version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: checkpoint version {values['version']}, this flsep reads "
@@ -161,6 +164,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its header is not readable ({error})") from error
+
+
+def _upgrade(
+    values: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Bring a checkpoint of version 2 to version 3.
+
+    Version 2 had one section for all approaches, with the fields of each, and no name of the
+    separator, which always was X-UMX; a regularizer's projection had another name.
+    """
+    config = dict(values["config"])
+    approach = dict(config["approach"])
+    kept = {entry.name for entry in fields(configure_approach(approach["name"]))}
+    config["approach"] = {name: value for name, value in approach.items() if name in kept}
+    config["separator"] = {"name": "xumx", **config["separator"]}
+    renamed = {
+        name.replace("approach.criterion.", "approach."): tensor for name, tensor in tensors.items()
+    }
+    return {**values, "version": 3, "config": config}, renamed
 
 
 def load_model(checkpoint: Checkpoint, where: str) -> InformedSeparator:
@@ -230,7 +252,7 @@ def unpack_optimizer(
 def require_same_data(checkpoint: Checkpoint, layout: Layout, where: str) -> None:
     """Refuse data that a checkpoint's model cannot take.
 
-    Sources, rate, channels and STFT must agree; for `concat` also the teacher.
+    Sources, rate, channels and STFT must agree, and the teacher if it is needed to separate.
 
     Raises
     ------
@@ -238,7 +260,7 @@ def require_same_data(checkpoint: Checkpoint, layout: Layout, where: str) -> Non
         With the first thing that differs.
     """
     names = ["sources", "sample_rate_hz", "num_channels", "n_fft", "hop_samples"]
-    if checkpoint.config.approach.name == "concat":
+    if find_needs(checkpoint.config.approach).teacher_to_separate:
         names += ["teacher_digest", "embedding_size", "window_seconds", "window_hop_seconds"]
     for name in names:
         trained, found = getattr(checkpoint.layout, name), getattr(layout, name)

@@ -1,1 +1,1 @@
-"""The networks that separate."""
+"""Networks that separate: the interface, and one file for each separator."""

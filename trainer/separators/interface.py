@@ -1,24 +1,132 @@
-"""The interface of a separator."""
+"""The interface of a separator and of its loss.
 
-from typing import NamedTuple
+Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, D latent, E condition.
+"""
 
-from torch import Tensor
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from flsep.cache import Layout, Statistics
+from flsep.trainer.config import LossConfig, SeparatorConfig
 
 
-class Separation(NamedTuple):
-    """What the separator gives for a batch of mixtures.
+@dataclass(frozen=True, kw_only=True)
+class Separation:
+    """The output of a separator for a batch of mixtures.
+
+    A separator whose loss needs more than this returns a subclass.
 
     Attributes
     ----------
     estimates_SNBCF : Tensor
-        Magnitudes of the sources, float32 [source, frame, batch, channel, bin], >= 0.
-    shared_latent_NBD : Tensor
-        Latent after bridge 2, the mean of `source_latents_SNBD` over the sources.
-    source_latents_SNBD : Tensor
-        Each source's own latent before bridge 2: its encoder's output and its BLSTM's, both
-        in (-1, 1); D is twice the hidden size.
+        Spectra of the sources, complex64 [source, frame, batch, channel, bin].
+    latents : mapping of str to Tensor
+        Latents by name: ``shared``, float [frame, batch, latent], and ``sources``, float [source,
+        frame, batch, latent], if the separator has one for each source.
     """
 
-    estimates_SNBCF: Tensor  # noqa: N815
-    shared_latent_NBD: Tensor  # noqa: N815
-    source_latents_SNBD: Tensor  # noqa: N815
+    estimates_SNBCF: Tensor
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeparationLoss(LossConfig):
+    """Base class of separation losses: a section of the configuration that can be called."""
+
+    def __call__(
+        self,
+        separation: Separation,
+        *,
+        references_SNBCF: Tensor,
+        references_SBCT: Tensor,
+        mixture_BCT: Tensor,
+        hop_samples: int,
+    ) -> dict[str, Tensor]:
+        """Compare estimates and references.
+
+        Parameters
+        ----------
+        separation : Separation
+            The output of the separator that declares this loss.
+        references_SNBCF : Tensor
+            Spectra of the sources, complex64 [source, frame, batch, channel, bin].
+        references_SBCT, mixture_BCT : Tensor
+            Waveforms of the sources and of the mixture, float32.
+        hop_samples : int
+            Hop of the STFT.
+
+        Returns
+        -------
+        dict of str to Tensor
+            float32 scalars: each term of the loss, and the ``total`` that is minimised.
+        """
+        raise NotImplementedError
+
+
+class Separator(nn.Module):
+    """Base class of separators.
+
+    A subclass is the only place that knows what its network is made of. It is registered under its
+    name in `flsep.trainer.registry`.
+
+    Parameters
+    ----------
+    config : SeparatorConfig
+        An instance of `Config`.
+    layout : Layout
+        Sources, channels, sample rate and STFT of the data.
+    statistics : Statistics or None
+        Statistics of the training split that the input is standardised with; None if weights will
+        be loaded.
+    condition_size : int
+        Number of features for each frame that an approach gives `forward` as a condition.
+
+    Attributes
+    ----------
+    Config : type
+        Section ``separator`` of the configuration.
+    Loss : type
+        Section ``loss`` of the configuration: the separation loss.
+    """
+
+    Config: ClassVar[type[SeparatorConfig]]
+    Loss: ClassVar[type[SeparationLoss]]
+
+    def __init__(
+        self,
+        config: SeparatorConfig,
+        layout: Layout,
+        *,
+        statistics: Statistics | None = None,
+        condition_size: int = 0,
+    ) -> None:
+        super().__init__()
+
+    @classmethod
+    def latent_sizes(cls, config: SeparatorConfig) -> dict[str, int]:
+        """Return the number of features of each latent by its name."""
+        raise NotImplementedError
+
+    def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> Separation:
+        """Separate a mixture.
+
+        Parameters
+        ----------
+        mixture_NBCF : Tensor
+            Spectrum of the mixture, complex64 [frame, batch, channel, bin].
+        condition_NBE : Tensor, optional
+            Condition, float [frame, batch, condition_size], if there is a `condition_size`.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Describe the network in a few words, without its size."""
+        raise NotImplementedError
+
+    def compile_layers(self) -> None:
+        """Compile the layers that gain from `torch.compile`."""

@@ -13,8 +13,6 @@ E embedding dimensions; K combinations, G signals of a Gram matrix.
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -170,54 +168,6 @@ def _weighted_sdr(gram_BCGG: Tensor, table_KS: Tensor) -> Tensor:
     target_BCK, noise_BCK = energies_BCK4[..., 1], energies_BCK4[..., 3]
     weight_BCK = target_BCK / (target_BCK + noise_BCK + EPSILON)
     return weight_BCK * cosine(0, 1) + (1 - weight_BCK) * cosine(2, 3)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeparationLoss:
-    """Separation loss: magnitude term + `time_weight` x time-domain term.
-
-    Attributes
-    ----------
-    combine : bool
-        Average over all combinations of sources, or over the single sources.
-    time_weight : float
-        Weight of the time-domain term, >= 0; 0 leaves the magnitude term alone.
-    """
-
-    combine: bool = True
-    time_weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Check the weight."""
-        if not (math.isfinite(self.time_weight) and self.time_weight >= 0):
-            raise ValueError(f"time_weight is {self.time_weight}: expected a finite number >= 0")
-
-    def __call__(
-        self,
-        *,
-        estimates_SNBCF: Tensor,
-        references_SNBCF: Tensor,
-        estimates_SBCT: Tensor,
-        references_SBCT: Tensor,
-        mixture_BCT: Tensor,
-    ) -> dict[str, Tensor]:
-        """Compute the loss and its terms.
-
-        Parameters
-        ----------
-        estimates_SNBCF, references_SNBCF : Tensor
-            Magnitudes, as for `magnitude_loss`.
-        estimates_SBCT, references_SBCT, mixture_BCT : Tensor
-            Waveforms, as for `time_loss`.
-
-        Returns
-        -------
-        dict of str to Tensor
-            float32 scalars `magnitude`, `time` (unweighted) and `total`, also under autocast.
-        """
-        magnitude = magnitude_loss(estimates_SNBCF, references_SNBCF, self.combine)
-        time = time_loss(estimates_SBCT, references_SBCT, mixture_BCT, self.combine)
-        return {"magnitude": magnitude, "time": time, "total": magnitude + self.time_weight * time}
 
 
 def _check_shapes(estimates: Tensor, others: Tensor) -> None:

@@ -1,12 +1,17 @@
-"""CrossNet-Open-Unmix (X-UMX).
+"""CrossNet-Open-Unmix (X-UMX): its settings, its loss and its network.
 
-Shape suffixes: S sources, B batch, C channels, N frames, F bins, D latent, E embedding dimensions;
+Sawata et al., "All for one and one for all: improving music separation by bridging networks",
+ICASSP 2021. X-UMX estimates magnitudes and takes the mixture's phase.
+
+Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, D latent, E condition;
 H hidden units, X features of a layer, M rows: frames of all excerpts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,80 +19,164 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flsep.cache import Layout, Statistics
+from flsep.trainer.config import SeparatorConfig
+from flsep.trainer.errors import DataError
 from flsep.trainer.parallel import BatchNorm
-from flsep.trainer.separators.interface import Separation
+from flsep.trainer.separators.interface import Separation, SeparationLoss, Separator
+from flsep.trainer.separators.losses import magnitude_loss, time_loss
+from flsep.trainer.stft import synthesise
 
 # Buffers of the public implementation's own transform; here the transform has no state.
 PUBLIC_WINDOWS = ("encoder.0.window", "decoder.window")
 
 
-class XUMX(nn.Module):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class XumxConfig(SeparatorConfig):
+    """X-UMX.
+
+    Attributes
+    ----------
+    name : {'xumx'}
+        Name of the separator.
+    hidden_size : int
+        Width of encoders and decoders, even; the BLSTM has half of it in each direction.
+    num_layers : int
+        Number of layers of the BLSTM.
+    dropout : float
+        Dropout between the layers of the BLSTM, in [0, 1).
+    bandwidth_hz : float
+        The encoders see the mixture up to this frequency; the masks cover all of it.
+    """
+
+    name: Literal["xumx"] = field(default="xumx", init=False)
+    hidden_size: int = 512
+    num_layers: int = 3
+    dropout: float = 0.4
+    bandwidth_hz: float = 16000.0
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        even = self.hidden_size >= 2 and self.hidden_size % 2 == 0
+        self.require("hidden_size", even, "an even number of at least 2")
+        self.require("num_layers", self.num_layers >= 1, "1 or more")
+        self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self.require("dropout", self.num_layers > 1 or self.dropout == 0, "0 with one layer")
+        self.require("bandwidth_hz", self.bandwidth_hz > 0, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultiDomainLoss(SeparationLoss):
+    """The loss of X-UMX: magnitude term + `time_weight` x time-domain term.
+
+    Attributes
+    ----------
+    combine : bool
+        Average over all combinations of sources instead of the single sources.
+    time_weight : float
+        Weight of the time-domain term, 0 or more.
+    """
+
+    combine: bool = True
+    time_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("time_weight", self.time_weight >= 0, "0 or more")
+
+    def __call__(
+        self,
+        separation: Separation,
+        *,
+        references_SNBCF: Tensor,
+        references_SBCT: Tensor,
+        mixture_BCT: Tensor,
+        hop_samples: int,
+    ) -> dict[str, Tensor]:
+        """Return the unweighted terms `magnitude` and `time`, and the `total`."""
+        assert isinstance(separation, XumxSeparation)
+        magnitude = magnitude_loss(
+            separation.magnitudes_SNBCF, references_SNBCF.abs(), self.combine
+        )
+        estimates_SBCT = synthesise(separation.estimates_SNBCF, hop_samples)
+        time = time_loss(estimates_SBCT, references_SBCT, mixture_BCT, self.combine)
+        return {"magnitude": magnitude, "time": time, "total": magnitude + self.time_weight * time}
+
+
+@dataclass(frozen=True, kw_only=True)
+class XumxSeparation(Separation):
+    """The output of X-UMX: `Separation`, and the magnitudes that its loss compares.
+
+    Attributes
+    ----------
+    magnitudes_SNBCF : Tensor
+        Magnitudes of the sources, float32 [source, frame, batch, channel, bin], >= 0.
+    """
+
+    magnitudes_SNBCF: Tensor
+
+
+class XUMX(Separator):
     """CrossNet-Open-Unmix for any number of sources and channels.
 
-    Sawata et al., "All for one and one for all: improving music separation by bridging networks",
-    ICASSP 2021. Encoders and decoders of all sources are computed together: their parameters are
-    stacked over the sources, so that a layer is one product. `public_state` and
-    `load_public_state` translate to the names of the public PyTorch implementation and back.
+    Encoders and decoders of all sources are computed together: their parameters are stacked over
+    the sources, so that a layer is one product. `public_state` and `load_public_state` translate to
+    the names of the public PyTorch implementation and back.
+
+    The latent ``shared`` is the latent after bridge 2, the mean of ``sources`` over the sources.
+    ``sources`` is each source's own latent before bridge 2: the outputs of its encoder and of its
+    BLSTM, both in (-1, 1).
 
     Parameters
     ----------
-    sources : tuple of str
-        Names of the sources, two or more, in the order of the estimates.
-    num_channels : int
-        Audio channels, 1 or more.
-    n_fft : int
-        Length of the Fourier transform in samples; the mixture has n_fft // 2 + 1 bins.
-    max_bin : int, optional
-        Number of lowest bins that the encoders see (`count_bins`); all when not given.
-    hidden_size : int
-        Width of encoders and decoders; the BLSTM has half of it in each direction.
-    num_layers : int
-        Layers of the BLSTM.
-    dropout : float
-        Dropout between the layers of the BLSTM.
-    input_mean, input_scale : array_like, optional
-        float [max_bin]; added to, then multiplied with, each source's cropped input
-        (`standardize_input`). Zeros and ones when not given.
+    config : XumxConfig
+        Size of the network.
+    layout : Layout
+        Sources (two or more), channels, sample rate and STFT of the data.
+    statistics : Statistics, optional
+        Mean and deviation of the mixtures' magnitudes, to standardise the input with.
     condition_size : int
-        Number of extra features for each frame that are concatenated to the shared latent.
+        Number of features for each frame that are concatenated to the shared latent.
 
     Raises
     ------
-    ValueError
-        If an argument is out of its range.
+    DataError
+        If there are fewer than two sources, or the corpus is silent.
     """
+
+    Config = XumxConfig
+    Loss = MultiDomainLoss
 
     def __init__(
         self,
+        config: SeparatorConfig,
+        layout: Layout,
         *,
-        sources: tuple[str, ...],
-        num_channels: int,
-        n_fft: int,
-        max_bin: int | None = None,
-        hidden_size: int = 512,
-        num_layers: int = 3,
-        dropout: float = 0.4,
-        input_mean: ArrayLike | None = None,
-        input_scale: ArrayLike | None = None,
+        statistics: Statistics | None = None,
         condition_size: int = 0,
     ) -> None:
-        super().__init__()
-        num_bins = n_fft // 2 + 1
-        max_bin = num_bins if max_bin is None else max_bin
-        _check_sources(sources)
-        _check(n_fft >= 2 and n_fft % 2 == 0, "n_fft", n_fft, "an even number >= 2")
-        _check(num_channels >= 1, "num_channels", num_channels, ">= 1")
-        _check(1 <= max_bin <= num_bins, "max_bin", max_bin, f"1 to {num_bins} at n_fft {n_fft}")
-        _check(hidden_size >= 2 and hidden_size % 2 == 0, "hidden_size", hidden_size, "even, >= 2")
-        _check(num_layers >= 1, "num_layers", num_layers, ">= 1")
-        _check(0 <= dropout < 1, "dropout", dropout, "in [0, 1)")
-        _check(num_layers > 1 or dropout == 0, "dropout", dropout, "0 with one BLSTM layer")
-        _check(condition_size >= 0, "condition_size", condition_size, ">= 0")
-        self.sources = tuple(sources)
+        assert isinstance(config, XumxConfig)
+        super().__init__(config, layout, statistics=statistics, condition_size=condition_size)
+        sources = layout.sources
+        if len(sources) < 2:
+            raise DataError(
+                f"X-UMX needs two sources or more; the data have {', '.join(sources)} alone"
+            )
+        hidden_size, num_channels, num_bins = (
+            config.hidden_size,
+            layout.num_channels,
+            layout.num_bins,
+        )
+        max_bin = count_bins(layout.n_fft, layout.sample_rate_hz, config.bandwidth_hz)
+        input_mean, input_scale = np.zeros(max_bin, np.float32), np.ones(max_bin, np.float32)
+        if statistics is not None:
+            input_mean, input_scale = standardize_input(
+                statistics.magnitude_mean, statistics.magnitude_std, max_bin
+            )
+        self.sources = sources
         self.num_channels = num_channels
         self.num_bins = num_bins
         self.max_bin = max_bin
-        self.hidden_size = hidden_size
         self.condition_size = condition_size
 
         def stack(num_inputs: int, num_outputs: int) -> nn.Parameter:
@@ -97,21 +186,21 @@ class XUMX(nn.Module):
         def repeat(vector_F: Tensor) -> nn.Parameter:
             return nn.Parameter(vector_F.repeat(len(sources), 1))
 
-        self.input_mean_SF = repeat(_statistic("input_mean", input_mean, 0.0, max_bin))
-        self.input_scale_SF = repeat(_statistic("input_scale", input_scale, 1.0, max_bin))
+        self.input_mean_SF = repeat(torch.from_numpy(input_mean))
+        self.input_scale_SF = repeat(torch.from_numpy(input_scale))
         self.encoder_SHX = stack(num_channels * max_bin, hidden_size)
         self.encoder_norm = BatchNorm(len(sources) * hidden_size)
         self.lstms = nn.ModuleList(
             nn.LSTM(
                 hidden_size,
                 hidden_size // 2,
-                num_layers=num_layers,
-                dropout=dropout,
+                num_layers=config.num_layers,
+                dropout=config.dropout,
                 bidirectional=True,
             )
             for _ in sources
         )
-        self.decoder_SHD = stack(self.latent_size + condition_size, hidden_size)
+        self.decoder_SHD = stack(2 * hidden_size + condition_size, hidden_size)
         self.decoder_norm = BatchNorm(len(sources) * hidden_size)
         self.output_SXH = stack(hidden_size, num_channels * num_bins)
         self.output_norm = BatchNorm(len(sources) * num_channels * num_bins)
@@ -119,26 +208,18 @@ class XUMX(nn.Module):
         self.output_scale_SF = repeat(torch.ones(num_bins))
         self._streams: list[torch.cuda.Stream] = []
 
-    @property
-    def latent_size(self) -> int:
-        """Number of features of the latents: encoder and BLSTM output of a source."""
-        return 2 * self.hidden_size
+    @classmethod
+    def latent_sizes(cls, config: SeparatorConfig) -> dict[str, int]:
+        """Return the sizes of both latents: the outputs of an encoder and of a BLSTM."""
+        assert isinstance(config, XumxConfig)
+        return dict.fromkeys(("shared", "sources"), 2 * config.hidden_size)
 
-    def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> Separation:
-        """Estimate the magnitude of each source.
+    def describe(self) -> str:
+        """Name the network and its sources."""
+        return f"X-UMX for {', '.join(self.sources)}"
 
-        Parameters
-        ----------
-        mixture_NBCF : Tensor
-            Magnitude of the mixture, float32 [frame, batch, channel, bin], >= 0.
-        condition_NBE : Tensor, optional
-            Extra features, float [frame, batch, condition_size]; needed when the separator was
-            built with a `condition_size`, refused otherwise.
-
-        Returns
-        -------
-        Separation
-            Estimates and latents.
+    def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> XumxSeparation:
+        """Separate a mixture, complex64 [frame, batch, channel, bin].
 
         Raises
         ------
@@ -146,7 +227,8 @@ class XUMX(nn.Module):
             If a shape does not fit the separator.
         """
         self._check_input(mixture_NBCF, condition_NBE)
-        encoded_NBSH = self._encode(mixture_NBCF)
+        magnitude_NBCF = mixture_NBCF.abs()
+        encoded_NBSH = self._encode(magnitude_NBCF)
         recurrent_SNBH = self._recur(encoded_NBSH.mean(2))  # bridge 1
         latents_SNBD = torch.cat([encoded_NBSH.movedim(2, 0), recurrent_SNBH], dim=-1)
         shared_NBD = latents_SNBD.mean(0)  # bridge 2
@@ -154,8 +236,12 @@ class XUMX(nn.Module):
         if condition_NBE is not None:
             decoder_input = torch.cat([shared_NBD, condition_NBE.to(shared_NBD.dtype)], dim=-1)
         masks_NBSCF = self._decode(decoder_input)
-        estimates_NBSCF = masks_NBSCF * mixture_NBCF[:, :, None]
-        return Separation(estimates_NBSCF.movedim(2, 0), shared_NBD, latents_SNBD)
+        magnitudes_SNBCF = (masks_NBSCF * magnitude_NBCF[:, :, None]).movedim(2, 0)
+        return XumxSeparation(
+            estimates_SNBCF=take_phase(magnitudes_SNBCF, mixture_NBCF),
+            latents={"shared": shared_NBD, "sources": latents_SNBD},
+            magnitudes_SNBCF=magnitudes_SNBCF,
+        )
 
     def compile_layers(self) -> None:
         """Let `torch.compile` fuse encoders and decoders; it cannot do the BLSTMs any better."""
@@ -288,6 +374,14 @@ class XUMX(nn.Module):
             )
 
 
+def take_phase(magnitudes_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
+    """Give magnitudes the phase of the mixture."""
+    magnitude_NBCF = mixture_NBCF.abs()
+    phase_NBCF = mixture_NBCF / magnitude_NBCF.clamp_min(torch.finfo(magnitude_NBCF.dtype).tiny)
+    # Real times complex, left to torch, takes twice as long.
+    return magnitudes_SNBCF.to(phase_NBCF.dtype) * phase_NBCF
+
+
 def count_bins(n_fft: int, sample_rate_hz: int, bandwidth_hz: float = 16000.0) -> int:
     """Count the bins from 0 Hz up to a bandwidth.
 
@@ -336,28 +430,6 @@ def standardize_input(
     mean = np.asarray(mean_F, np.float64)[:max_bin]
     deviation = np.asarray(deviation_F, np.float64)[:max_bin]
     if not deviation.max() > 0:
-        raise ValueError("the mixtures' standard deviation is 0 in every bin: the corpus is silent")
+        raise DataError("the mixtures' standard deviation is 0 in every bin: the corpus is silent")
     scale = 1 / np.maximum(deviation, 1e-4 * deviation.max())
     return (-mean).astype(np.float32), scale.astype(np.float32)
-
-
-def _statistic(name: str, value: ArrayLike | None, default: float, max_bin: int) -> Tensor:
-    if value is None:
-        return torch.full((max_bin,), default)
-    statistic_F = torch.from_numpy(np.array(value, np.float32))
-    if statistic_F.shape != (max_bin,) or not statistic_F.isfinite().all():
-        raise ValueError(
-            f"{name} has shape {tuple(statistic_F.shape)}: "
-            f"the separator expects {max_bin} finite values, one for each input bin"
-        )
-    return statistic_F
-
-
-def _check(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}: expected {expected}")
-
-
-def _check_sources(sources: tuple[str, ...]) -> None:
-    _check(len(sources) >= 2, "sources", sources, "two or more names")
-    _check(len(set(sources)) == len(sources), "sources", sources, "names that differ")

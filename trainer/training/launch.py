@@ -1,137 +1,117 @@
-"""What ``flsep-train fit`` does: from options to a training, alone or as one of several."""
+"""What ``flsep-train fit`` does: from a request to a training, alone or as one of several ranks."""
 
 import ctypes
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from tqdm import tqdm
 
 from flsep.cache import Mixes, Shards
-from flsep.trainer.config import TrainConfig, apply_settings, list_differences
+from flsep.trainer.config import TrainConfig, list_differences
 from flsep.trainer.errors import RunError
-from flsep.trainer.parallel import joined, local_rank, wait_for_all
-from flsep.trainer.recipes import RECIPES
-from flsep.trainer.runs.checkpoint import load_checkpoint
+from flsep.trainer.parallel import Part, joined, local_rank, wait_for_all
+from flsep.trainer.recipes import resolve_config
+from flsep.trainer.runs.checkpoint import Checkpoint, load_checkpoint
 from flsep.trainer.runs.folder import Run, describe_environment
+from flsep.trainer.settings import apply_settings
 from flsep.trainer.training.loop import fit
-from flsep.trainer.training.progress import describe_place, describe_training
+from flsep.trainer.training.progress import describe_position, describe_training
 from flsep.trainer.training.state import Training
 from flsep.trainer.training.stopping import Stopped
 
-_FIELDS = {
-    "approach": "approach.name",
-    "mixing": "data.mixing",
-    "teacher_signal": "approach.teacher_signal",
-    "weight": "approach.weight",
-    "temperature": "approach.temperature",
-    "seed": "fit.seed",
-    "precision": "compute.precision",
-}
+DEFAULT_RECIPE = "xumx"
+
+_CAN_CHANGE = {"fit.epochs", "fit.patience"}
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def launch(
-    shards: Path,
-    run: Path,
-    *,
-    recipe: str | None,
-    options: Mapping[str, Any],
-    resume: bool,
-    overwrite: bool,
-    mixes: Path | None,
-    seconds_between_saves: float,
-    resident: str | None,
-    num_workers: int,
-    device: str,
-    verify: bool,
-) -> int:
-    """Train as one of the processes that share the work, and say how it goes.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitRequest:
+    """What the user asks of ``flsep-train fit``.
 
-    Parameters
+    Attributes
     ----------
-    shards, run : Path
-        Folders to read from and to write to.
+    shards, run, mixes : Path
+        Folders of the shards, of the run and of rendered mixes, if any.
     recipe : str or None
-        Name of the configuration to start from; None for that of the run to resume.
-    options : mapping
-        Values of the named options of ``fit``, None where not given, and its ``settings``.
+        Name of the configuration to start from; None for the default, or that of a run to resume.
+    settings : tuple of str
+        Settings ``section.field=value``.
     resume, overwrite : bool
-        Go on with the run in the folder, or replace it.
-    mixes : Path or None
-        Folder of rendered mixes.
+        Continue the run in the folder, or replace it.
     seconds_between_saves : float
-        Within an epoch.
+        Longest time between two checkpoints within an epoch.
     resident : {'device', 'host'} or None
-        Where to load all data to.
+        Memory to load all data into.
     num_workers : int
-        Threads that read.
+        Number of threads that read.
     device : str
         ``auto``, or a name that torch knows.
     verify : bool
-        Compare digests as data are read.
+        Compare data with their digests as they are read.
+    """
+
+    shards: Path
+    run: Path
+    mixes: Path | None
+    recipe: str | None
+    settings: tuple[str, ...]
+    resume: bool
+    overwrite: bool
+    seconds_between_saves: float
+    resident: str | None
+    num_workers: int
+    device: str
+    verify: bool
+
+
+def launch(request: FitRequest) -> int:
+    """Train as one of the processes that share the work, and report how it goes.
 
     Returns
     -------
     int
-        Exit status: 0, or 128 and the number of the signal that stopped the training.
+        Exit status: 0, or 128 plus the number of the signal that stopped the training.
     """
-    chosen = choose_device(device, local_rank())
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # its streams and events are the current ones
+    device = choose_device(request.device, local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # makes its streams and events the current ones
     else:
         keep_freed_memory()
-    folder = Run(run)
-    with joined(chosen) as part:
-        is_first = part.rank == 0
-
-        def report(line: str) -> None:
-            if is_first:
-                click.echo(line)
-
-        checkpoint = load_checkpoint(folder.last) if resume and folder.last.exists() else None
-        if checkpoint is None:
-            config = _apply_options(RECIPES[recipe or "xumx"](), options)
-        else:
-            given = checkpoint.config if recipe is None else RECIPES[recipe]()
-            config = resume_config(checkpoint.config, _apply_options(given, options), run)
-        with _loading_bar(shown=is_first and resident is not None) as loaded:
-            training = Training(
-                config,
-                Shards(shards, verify=verify),
-                device=chosen,
-                num_workers=num_workers,
-                part=part,
-                resident=resident,
-                report=loaded,
-                mixes=Mixes(mixes) if mixes else None,
-            )
-        if checkpoint is not None:
-            training.restore(checkpoint, str(folder.last))
-        wait_for_all()  # each has read what it needs of the folder
-        if is_first:
-            _prepare(folder, training, shards, resume=resume, overwrite=overwrite)
+    folder = Run(request.run)
+    with joined(device) as part:
+        report = click.echo if part.rank == 0 else _say_nothing
+        checkpoint = None
+        if request.resume and folder.last.exists():
+            checkpoint = load_checkpoint(folder.last)
+        training = _build_training(request, checkpoint, device, part)
+        wait_for_all()  # the first process may only write once all have read the folder
+        if part.rank == 0:
+            _prepare_folder(folder, training, request)
         for line in describe_training(training):
             report(line)
-        report(f"results    {run}: best.safetensors, last.safetensors, metrics.jsonl, events.*")
-        if resume:
-            place = "the start: there is no last.safetensors yet"
-            report(f"resumes    at {place if checkpoint is None else describe_place(training)}")
+        report(
+            f"results    {request.run}: best.safetensors, last.safetensors, metrics.jsonl, events.*"
+        )
+        if request.resume:
+            start = "the start: there is no last.safetensors yet"
+            report(f"resumes    at {describe_position(training) if checkpoint else start}")
         try:
-            fit(training, folder, report=report, seconds_between_saves=seconds_between_saves)
+            fit(
+                training,
+                folder,
+                report=report,
+                seconds_between_saves=request.seconds_between_saves,
+            )
         except Stopped as stopped:
-            if is_first:
-                command = ["flsep-train", "fit", str(shards), "--run", str(run), "--resume"]
-                command += ["--mixes", str(mixes)] if mixes else []
-                click.echo(
-                    f"Stopped by {stopped.number.name}, saved in {stopped.place}; go on with: "
-                    f"{shlex.join(command)}",
-                    err=True,
-                )
+            if part.rank == 0:
+                click.echo(_explain_stop(stopped, request), err=True)
             return 128 + stopped.number
         position = training.position
         report(
@@ -141,18 +121,75 @@ def launch(
         return 0
 
 
-def _prepare(
-    folder: Run, training: Training, shards: Path, *, resume: bool, overwrite: bool
-) -> None:
-    """Make the run folder, or see that it can be written to."""
-    if folder.last.exists() and resume:
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _build_training(
+    request: FitRequest, checkpoint: Checkpoint | None, device: torch.device, part: Part
+) -> Training:
+    """Build a new training, or the one that a checkpoint belongs to."""
+    if checkpoint is None:
+        config = resolve_config(request.recipe or DEFAULT_RECIPE, request.settings)
+    else:
+        if request.recipe is None:
+            wanted = apply_settings(checkpoint.config, request.settings)
+        else:
+            wanted = resolve_config(request.recipe, request.settings)
+        config = resume_config(checkpoint.config, wanted, request.run)
+    with _loading_bar(shown=part.rank == 0 and request.resident is not None) as loaded:
+        training = Training(
+            config,
+            Shards(request.shards, verify=request.verify),
+            device=device,
+            num_workers=request.num_workers,
+            part=part,
+            resident=request.resident,
+            report=loaded,
+            mixes=Mixes(request.mixes) if request.mixes else None,
+        )
+    if checkpoint is not None:
+        training.restore(checkpoint, str(Run(request.run).last))
+    return training
+
+
+def resume_config(stored: TrainConfig, wanted: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the configuration to resume a run with: its own, apart from what may change.
+
+    Parameters
+    ----------
+    stored, wanted : TrainConfig
+        Configuration of the run, and the one that is asked for now.
+    folder : Path
+        Folder of the run, for the message.
+
+    Raises
+    ------
+    RunError
+        If anything but the number of epochs and the patience differs.
+    """
+    for name, (old, new) in list_differences(stored, wanted).items():
+        if name not in _CAN_CHANGE:
+            raise RunError(
+                f"{folder} was started with {name}={old}, not {new}; resume it with its own "
+                "settings, or choose another --run"
+            )
+    return wanted
+
+
+def _prepare_folder(folder: Run, training: Training, request: FitRequest) -> None:
+    """Make the run folder, or check that it can be written to, and describe the run in it."""
+    if folder.last.exists() and request.resume:
         folder.require_writable()
     else:
         # A run that was killed before its first checkpoint has nothing to lose: start again.
-        folder.prepare(overwrite=overwrite or (resume and folder.is_unfinished))
-    config = training.config
-    mixes = training.mixes and str(training.mixes.folder.resolve())
-    data = {"shards": str(shards.resolve()), "fingerprint": training.fingerprint, "mixes": mixes}
+        folder.prepare(overwrite=request.overwrite or (request.resume and folder.is_unfinished))
+    config, mixes = training.config, training.mixes
+    data = {
+        "shards": str(request.shards.resolve()),
+        "fingerprint": training.fingerprint,
+        "mixes": mixes and str(mixes.folder.resolve()),
+    }
     folder.write_description(
         {**config.to_json(), **data},
         describe_environment(str(training.device), config.fit.seed),
@@ -161,7 +198,7 @@ def _prepare(
 
 @contextmanager
 def _loading_bar(*, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Give what shows the progress of loading data, where it is to be shown."""
+    """Yield a function that shows the progress of loading data, if it is to be shown."""
     if not shown:
         yield None
         return
@@ -174,18 +211,17 @@ def _loading_bar(*, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield show
 
 
-def _apply_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
-    """Apply the named options, then ``--set``."""
-    named = [
-        f"{field}={options[option]}"
-        for option, field in _FIELDS.items()
-        if options[option] is not None
-    ]
-    return apply_settings(config, [*named, *options["settings"]])
+def _explain_stop(stopped: Stopped, request: FitRequest) -> str:
+    command = ["flsep-train", "fit", str(request.shards), "--run", str(request.run), "--resume"]
+    command += ["--mixes", str(request.mixes)] if request.mixes else []
+    return (
+        f"Stopped by {stopped.number.name}, saved in {stopped.place}; continue with: "
+        f"{shlex.join(command)}"
+    )
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device of this process: ``cuda`` is one of its own for each."""
+    """Return the device of this process; ``cuda`` is another one for each local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -199,43 +235,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-_CAN_CHANGE = {"fit.epochs", "fit.patience"}
-
-
-def resume_config(stored: TrainConfig, wanted: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the configuration to resume a run with: its own, with what may change.
-
-    Parameters
-    ----------
-    stored, wanted : TrainConfig
-        Of the run, and what is asked for now.
-    folder : Path
-        Of the run, for the message.
-
-    Raises
-    ------
-    RunError
-        If anything but the number of epochs and the patience differs.
-    """
-    for name, (old, new) in list_differences(stored, wanted).items():
-        if name not in _CAN_CHANGE:
-            raise RunError(
-                f"{folder} was started with {name}={old}, not {new}: resume it with its own "
-                "settings, or choose another --run"
-            )
-    return wanted
-
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
 def keep_freed_memory() -> None:
-    """Let the C library reuse freed blocks instead of giving them back to the system.
+    """Let the C library reuse freed blocks instead of returning them to the system.
 
-    A training step on the CPU frees and asks for the same large blocks again and again; by default
-    each comes as fresh pages that have to be cleared first. Kept, a step of the demo was 2 to 4
-    times faster on two cores (docs/experiments.md). It costs memory that stays at its peak, and
-    does nothing where the C library is not glibc.
+    A training step on the CPU frees and allocates the same large blocks again and again; by
+    default each comes as fresh pages that have to be cleared first. With this setting a step of the
+    demo was 2 to 4 times faster on two cores (docs/experiments.md). The process keeps its peak
+    memory. Nothing happens where the C library is not glibc.
     """
     if sys.platform != "linux":
         return

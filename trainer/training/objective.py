@@ -1,4 +1,4 @@
-"""What a training minimises: the separation loss of a batch, and what the approach adds."""
+"""The objective of a training: the separation loss of a batch, and the approach's regularizer."""
 
 import math
 from collections.abc import Mapping
@@ -10,25 +10,24 @@ from flsep.trainer.approaches.informed import InformedSeparator
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.data.batch import Batch, assemble
 from flsep.trainer.errors import ConfigError
-from flsep.trainer.separators.losses import SeparationLoss
-from flsep.trainer.stft import time_signals
+from flsep.trainer.separators.interface import SeparationLoss
 
 
 class Objective:
-    """Computes every term of the loss of a batch.
+    """Compute every term of the loss of a batch.
 
-    The network computes in the precision of ``compute.precision``, everything around it (STFT,
-    Gram matrices, the regularizers' similarities, the statistics of batch norm) in float32 or
-    better. Making one sets the precision of float32 products for the whole process.
+    The network computes in the precision of ``compute.precision``, everything around it (STFT, Gram
+    matrices, the regularizers' similarities, the statistics of batch norm) in float32 or better.
+    Creating an objective sets the precision of float32 products for the whole process.
 
     Parameters
     ----------
     config : TrainConfig
-        Its sections `loss` and `compute`.
+        Sections `loss` and `compute`.
     device : torch.device
         Where to compute.
     hop_samples : int
-        Of the STFT.
+        Hop of the STFT.
 
     Raises
     ------
@@ -37,11 +36,10 @@ class Objective:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, hop_samples: int) -> None:
+        assert isinstance(config.loss, SeparationLoss)
         self._device, self._hop_samples = device, hop_samples
         self._autocast = config.compute.precision == "bfloat16"
-        self._separation_loss = SeparationLoss(
-            combine=config.loss.combine, time_weight=config.loss.time_weight
-        )
+        self._separation_loss = config.loss
         set_precision(config.compute.precision, device)
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -52,44 +50,42 @@ class Objective:
         model : Module
             An `InformedSeparator`, or one in `DistributedDataParallel`.
         batch : Batch
-            From `load_batches`.
+            A batch from `load_batches`.
 
         Returns
         -------
         dict of str to Tensor
-            ``magnitude`` and ``time``, the unweighted terms of ``separation``; what the approach
-            gives, its ``regularizer`` unweighted; ``total`` = ``separation`` + weight *
-            ``regularizer``, which is minimised.
+            The unweighted terms of the ``separation`` loss; the terms of the approach, its
+            ``regularizer`` unweighted; ``total`` = ``separation`` + weight * ``regularizer``, which
+            is minimised.
         """
-        inner = model if isinstance(model, InformedSeparator) else model.module
-        assert isinstance(inner, InformedSeparator)
+        informed = model if isinstance(model, InformedSeparator) else model.module
+        assert isinstance(informed, InformedSeparator)
         example = assemble(batch, self._device, self._hop_samples)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            separation = model(example.mixture_NBCF.abs(), example.windows)
+            separation = model(example.mixture_NBCF, example.windows)
         terms = self._separation_loss(
-            estimates_SNBCF=separation.estimates_SNBCF,
+            separation,
             references_SNBCF=example.references_SNBCF,
-            estimates_SBCT=time_signals(
-                separation.estimates_SNBCF, example.mixture_NBCF, self._hop_samples
-            ),
             references_SBCT=example.references_SBCT,
             mixture_BCT=example.mixture_BCT,
+            hop_samples=self._hop_samples,
         )
         total = terms["separation"] = terms.pop("total")
         if example.windows is not None:
-            terms |= inner.approach.regularizer(separation, example.windows)
+            terms |= informed.approach.regularizer(separation.latents, example.windows)
         if "regularizer" in terms:
-            total = total + inner.approach.weight * terms["regularizer"]
+            total = total + informed.approach.weight * terms["regularizer"]
         return {**terms, "total": total}
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Let float32 products on GPUs be computed as ``tf32`` or not, for the whole process.
+    """Set the precision of float32 products on GPUs for the whole process.
 
     Raises
     ------
     ConfigError
-        If the device cannot compute so.
+        If the device does not have the precision.
     """
     if precision == "tf32" and device.type != "cuda":
         raise ConfigError(
@@ -100,14 +96,22 @@ def set_precision(precision: str, device: torch.device) -> None:
             "compute.precision is 'bfloat16': this GPU has no bfloat16; use float32 or tf32"
         )
     if device.type == "cuda":
-        # torch lets cuDNN use TF32 in BLSTMs unless it is told not to. Its newer fp32_precision
-        # cannot be mixed with these, which torch.compile still reads (2.13).
+        # By default torch lets cuDNN use TF32 in BLSTMs. The newer setting fp32_precision cannot be
+        # mixed with these two, which torch.compile still reads (2.13).
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def explain_non_finite(values: Mapping[str, float], names: list[str], bad: list[str]) -> str:
-    """Say which terms are not finite, and for which excerpts: their names, and the `bad` ones."""
+    """Return the message for a loss or gradient that is not finite.
+
+    Parameters
+    ----------
+    values : mapping of str to float
+        Terms of the loss.
+    names, bad : list of str
+        Names of all excerpts, and of those whose data hold NaN or infinity.
+    """
     terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
     wrong = "gradient" if all(map(math.isfinite, values.values())) else "loss"
     what = "the data of these excerpts hold NaN or infinity" if bad else "the excerpts were"

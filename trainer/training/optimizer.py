@@ -1,4 +1,4 @@
-"""How weights are updated: Adam, clipping, the plateau schedule, the moving average."""
+"""Adam with clipping, its plateau schedule, and the moving average of the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,32 +13,32 @@ from flsep.trainer.config import OptimConfig
 from flsep.trainer.runs.checkpoint import load_weights, pack_optimizer, take, unpack_optimizer
 
 
-class Updates:
-    """The optimizer of a model, its schedule, and the moving average of its weights.
+class Optimizer:
+    """Update the weights of a model, and keep their moving average if there is one.
 
     Parameters
     ----------
     model : InformedSeparator
-        On its device.
+        Model on its device.
     config : OptimConfig
-        The settings.
+        Section `optim` of the configuration.
 
     Attributes
     ----------
     best_model : InformedSeparator
-        The one to validate and to keep: the moving average, or the model itself.
+        Model to validate and to keep: the moving average, or the model itself.
     """
 
     def __init__(self, model: InformedSeparator, config: OptimConfig) -> None:
         self._model, self._clip_norm = model, config.clip_norm
-        self.optimizer = torch.optim.Adam(
+        self.adam = torch.optim.Adam(
             model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer,
+            self.adam,
             factor=config.plateau_factor,
             patience=config.plateau_patience,
             cooldown=config.plateau_cooldown,
@@ -51,20 +51,20 @@ class Updates:
             )
             average = self._average.module
             assert isinstance(average, InformedSeparator)
-            for lstm in average.separator.lstms:
-                assert isinstance(lstm, nn.LSTM)
-                lstm.flatten_parameters()  # copying has torn them apart
+            for module in average.modules():
+                if isinstance(module, nn.RNNBase):
+                    module.flatten_parameters()  # copying has scattered them in memory
             self.best_model = average
 
     @property
     def learning_rate(self) -> float:
-        """What the schedule has made of it."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
+        """The present learning rate."""
+        rate: float = self.adam.param_groups[0]["lr"]
         return rate
 
-    def start(self) -> None:
-        """Forget the gradients of the step before."""
-        self.optimizer.zero_grad()
+    def zero_grad(self) -> None:
+        """Discard the gradients of the last step."""
+        self.adam.zero_grad()
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients, a scalar; not finite if any of them is not."""
@@ -72,26 +72,28 @@ class Updates:
         norm: Tensor = get_total_norm(gradients)
         return norm
 
-    def apply(self, gradient_norm: Tensor) -> None:
-        """Take a step along the gradients, clipped if that is asked for."""
+    def step(self, gradient_norm: Tensor) -> None:
+        """Clip the gradients if that is configured, and update the weights."""
         if self._clip_norm > 0:
             clip_grads_with_norm_(self._model.parameters(), self._clip_norm, gradient_norm)
-        self.optimizer.step()
+        self.adam.step()
         if self._average is not None:
             self._average.update_parameters(self._model)
 
-    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the state as JSON values and tensors."""
-        groups, tensors = pack_optimizer(self.optimizer)
+        groups, tensors = pack_optimizer(self.adam)
         if self._average is not None:
             tensors["average.count"] = self._average.n_averaged
             weights = self.best_model.state_dict()
             tensors |= {f"average.model.{name}": value for name, value in weights.items()}
         return {"optimizer": groups, "schedule": self.schedule.state_dict()}, tensors
 
-    def unpack(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-        """Go on from the state that `pack` returned."""
-        unpack_optimizer(self.optimizer, values["optimizer"], tensors)
+    def load_state(
+        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    ) -> None:
+        """Restore the state that `state` returned."""
+        unpack_optimizer(self.adam, values["optimizer"], tensors)
         self.schedule.load_state_dict(values["schedule"])
         if self._average is not None:
             self._average.n_averaged.copy_(tensors["average.count"])

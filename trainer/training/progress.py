@@ -1,11 +1,11 @@
-"""Say how a training goes."""
+"""What a training reports: its set-up, a bar or a line an epoch, the log of its metrics."""
 
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from flsep.trainer.runs.folder import EventLog, Run
-from flsep.trainer.training.state import Progress, Training
+from flsep.trainer.training.state import Training
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -13,8 +13,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 def describe_training(training: Training) -> Iterator[str]:
     """Yield lines that say what a training will do."""
     config, layout, splits = training.config, training.layout, training.splits
-    approach, data = config.approach, config.data
-    num_parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    data, model, needs = config.data, training.model, training.needs
     yield (
         f"data       {len(splits.train_tracks)} tracks to train on, "
         f"{len(splits.valid_tracks)} to validate; {data.mixing} mixing"
@@ -30,17 +29,13 @@ def describe_training(training: Training) -> Iterator[str]:
         num_epochs = training.mixes.num_epochs
         again = "; then again from the first" if config.fit.epochs > num_epochs else ""
         yield f"mixes      {num_epochs} epochs of {training.mixes.folder}{again}"
-    yield (
-        f"separator  X-UMX for {', '.join(layout.sources)}; {num_parameters / 1e6:.2f} M parameters"
-    )
-    num_windows = splits.grid.num_whole_windows
-    if training.mixes is not None and approach.teacher_signal == "mixture":
-        num_windows = training.mixes.config.num_windows
-    if approach.name == "none":
-        yield "approach   none: plain X-UMX"
-    else:
-        weight = f", weight {training.model.approach.weight:g}" * (approach.name != "concat")
-        yield f"approach   {approach.name} with the {approach.teacher_signal}'s embeddings{weight}"
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield f"separator  {model.separator.describe()}; {num_parameters / 1e6:.2f} M parameters"
+    yield f"approach   {model.approach.describe()}"
+    if needs.teacher_signal is not None:
+        num_windows = splits.grid.num_whole_windows
+        if training.mixes is not None and needs.teacher_signal == "mixture":
+            num_windows = training.mixes.config.num_windows
         yield (
             f"teacher    {layout.teacher}: {layout.embedding_size} features, windows of "
             f"{layout.window_seconds:g} s, {num_windows} whole ones in an excerpt"
@@ -53,16 +48,31 @@ def describe_training(training: Training) -> Iterator[str]:
     )
 
 
-def _show(bar: Any, training: Training, progress: Progress) -> None:
+def describe_position(training: Training) -> str:
+    """Describe how far a training has come."""
+    position = training.position
+    return f"epoch {position.epoch + 1}, {position.batch} of {training.splits.num_batches} batches"
+
+
+def show_batch(bar: Any, training: Training, loss: float, num_excerpts: int) -> None:
+    """Advance the bar by a batch and show its loss."""
     bar.set_description(f"epoch {training.position.epoch + 1}", refresh=False)
     best_loss = training.position.best_loss
     best = {} if best_loss is None else {"best": f"{best_loss:.3f}"}
-    bar.set_postfix(loss=f"{progress.loss:.3f}", **best, refresh=False)
-    bar.update(progress.num_excerpts)
+    bar.set_postfix(loss=f"{loss:.3f}", **best, refresh=False)
+    bar.update(num_excerpts)
 
 
-class _Record:
-    """Keeps the metrics of a run, as lines and as TensorBoard events."""
+class MetricsLog:
+    """Write the metrics of each epoch to ``metrics.jsonl`` and to TensorBoard.
+
+    Parameters
+    ----------
+    run : Run
+        The run folder.
+    num_epochs : int
+        Number of finished epochs; entries of later ones, written before a crash, are removed.
+    """
 
     def __init__(self, run: Run, num_epochs: int) -> None:
         self._run = run
@@ -70,6 +80,7 @@ class _Record:
         self._events = EventLog(run.folder, num_epochs)
 
     def add(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics of an epoch."""
         self._run.append_metrics(metrics)
         self._events.add(metrics["epoch"], _flatten(metrics))
 
@@ -80,8 +91,8 @@ class _Record:
         self._events.__exit__(*error)
 
 
-class _Pace:
-    """Says how it goes, an epoch a line, but not more often than every few seconds."""
+class Pace:
+    """Report a line an epoch, but not more often than every few seconds."""
 
     def __init__(self, training: Training, write: Callable[[str], None]) -> None:
         self._training, self._write = training, write
@@ -89,6 +100,7 @@ class _Pace:
         self._written = -_SECONDS_BETWEEN_LINES
 
     def report(self) -> None:
+        """Report the last epoch, its losses and the time left."""
         now, metrics = time.monotonic(), self._training.metrics
         if now - self._written < _SECONDS_BETWEEN_LINES and self._training.finished is None:
             return
@@ -106,12 +118,6 @@ class _Pace:
             f"{metrics['excerpts_per_second']:.1f} excerpts/s, "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
         )
-
-
-def describe_place(training: Training) -> str:
-    """Say how far a training has come."""
-    position = training.position
-    return f"epoch {position.epoch + 1}, {position.batch} of {training.splits.num_batches} batches"
 
 
 def _flatten(metrics: dict[str, Any]) -> dict[str, float]:

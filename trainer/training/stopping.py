@@ -1,4 +1,4 @@
-"""Stop a training when a signal asks for it."""
+"""Stop a training after the present step when a signal asks for it."""
 
 import signal
 import threading
@@ -10,7 +10,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """The training was asked to stop by a signal, and has saved its state."""
+    """A signal has asked the training to stop, and its state is saved.
+
+    Attributes
+    ----------
+    number : Signals
+        The signal.
+    place : str
+        How far the training has come.
+    """
 
     def __init__(self, number: signal.Signals, place: str) -> None:
         super().__init__(place)
@@ -19,33 +27,33 @@ class Stopped(Exception):  # noqa: N818 - no error
 
 
 class StopRequest:
-    """Whether a signal asked the training to stop.
+    """Remember that a signal has asked the training to stop.
 
-    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 are noted, to be acted on after the step; a second SIGINT
-    interrupts at once. Signals reach the main thread only; elsewhere none are caught.
+    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 are remembered until the loop asks after its step; a second
+    SIGINT interrupts at once. Only the main thread receives signals; elsewhere none are caught.
     """
 
     def __init__(self) -> None:
         self.number: signal.Signals | None = None
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self.number is not None
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Note signals instead of dying of them."""
+        """Catch the signals inside a block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = signal.Signals(number)

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_models import build_xumx, make_layout
 
 from flsep.trainer.approaches.contrastive import contrastive_loss
 from flsep.trainer.approaches.distance import distance_loss
-from flsep.trainer.approaches.interface import Approach
-from flsep.trainer.approaches.registry import build_approach, check_combination
+from flsep.trainer.approaches.interface import require_possible
 from flsep.trainer.approaches.regularizer import pool_windows
-from flsep.trainer.separators.interface import Separation
-from flsep.trainer.separators.losses import SeparationLoss
-from flsep.trainer.separators.xumx import XUMX
-from flsep.trainer.stft import analyse, time_signals
+from flsep.trainer.config import DataConfig, TrainConfig, configure_approach
+from flsep.trainer.errors import ConfigError
+from flsep.trainer.registry import APPROACHES, load
+from flsep.trainer.separators.xumx import MultiDomainLoss
+from flsep.trainer.stft import analyse
 from flsep.trainer.teacher import TeacherWindows
 
 SOURCES = ("drums", "bass", "vocals")
@@ -27,16 +28,18 @@ KINDS = [("none", "mixture"), ("concat", "mixture"), *REGULARIZERS]
 
 def build(name, teacher_signal="mixture", **changes):
     settings = {
-        "embedding_size": EMBEDDING_SIZE,
-        "latent_size": 16,
-        "sources": SOURCES,
         "teacher_signal": teacher_signal,
         "weight": 0.5,
         "temperature": 0.1,
         "projection_size": 5,
     }
     torch.manual_seed(1)
-    return build_approach(name, **settings | changes)
+    return load(APPROACHES, name, "approach")(
+        configure_approach(name, **settings | changes),
+        embedding_size=EMBEDDING_SIZE,
+        latent_sizes={"shared": 16, "sources": 16},
+        sources=SOURCES,
+    )
 
 
 def make_windows(teacher_signal="mixture", seed=0):
@@ -52,11 +55,15 @@ def make_windows(teacher_signal="mixture", seed=0):
     )
 
 
-def make_separation(seed=0):
+def make_latents(seed=0):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(len(SOURCES), NUM_FRAMES, BATCH, 16, generator=generator).tanh()
     latents.requires_grad_()
-    return Separation(torch.zeros(0), latents.mean(0), latents)
+    return with_shared(latents)
+
+
+def with_shared(latents):
+    return {"shared": latents.mean(0), "sources": latents}
 
 
 def quiet(windows, batch, window):
@@ -191,25 +198,24 @@ def test_concat_holds_the_projected_embedding():
         embedding = windows.embeddings[2, min(frame // 5, NUM_WINDOWS - 1)]
         expected = torch.tanh(linear.weight @ embedding + linear.bias)
         torch.testing.assert_close(condition[frame, 2], expected)
-    assert approach.regularizer(make_separation(), windows) == {}
+    assert approach.regularizer(make_latents(), windows) == {}
     assert approach.weight == 0
 
 
 def test_none_gives_nothing():
-    approach = build("none", weight=-1.0, temperature=0.0)
-    assert type(approach) is Approach
+    approach = build("none")
     assert approach.condition_size == 0
     assert approach.weight == 0
     assert approach.condition(make_windows(), NUM_FRAMES) is None
-    assert approach.regularizer(make_separation(), make_windows()) == {}
+    assert approach.regularizer(make_latents(), make_windows()) == {}
     assert list(approach.parameters()) == []
 
 
 @pytest.mark.parametrize(("name", "signal"), REGULARIZERS)
 def test_regularizers_compare_pooled_latents_with_their_embeddings(name, signal):
-    approach, windows, separation = build(name, signal), make_windows(signal), make_separation()
+    approach, windows, separation = build(name, signal), make_windows(signal), make_latents()
     terms = approach.regularizer(separation, windows)
-    latents = separation.source_latents_SNBD if signal == "stems" else separation[1][None]
+    latents = separation["sources"] if signal == "stems" else separation["shared"][None]
     embeddings = windows.embeddings if signal == "stems" else windows.embeddings[None]
     pairs = [
         (latents[source, 5 * window : 5 * window + 5, batch].mean(0), embedding)
@@ -222,7 +228,7 @@ def test_regularizers_compare_pooled_latents_with_their_embeddings(name, signal)
     if name == "distance":
         expected = distance_loss(pooled, teacher)
     else:
-        projected = approach.criterion.project(pooled)
+        projected = approach.project(pooled)
         expected, accuracy = contrastive_loss(projected, teacher, 0.1)
         assert terms["retrieval_accuracy"] == accuracy
         assert not terms["retrieval_accuracy"].requires_grad
@@ -235,16 +241,14 @@ def test_regularizers_compare_pooled_latents_with_their_embeddings(name, signal)
 @pytest.mark.parametrize("hide", [quiet, outside])
 @pytest.mark.parametrize(("name", "signal"), REGULARIZERS)
 def test_masked_windows_do_not_count(name, signal, hide):
-    approach, separation = build(name, signal), make_separation()
+    approach, separation = build(name, signal), make_latents()
     windows = hide(make_windows(signal), 1, 2)
     before = approach.regularizer(separation, windows)
     changed = windows.embeddings.clone()
     changed[..., 1, 2, :] = torch.nan
-    latents = separation.source_latents_SNBD.detach().clone()
+    latents = separation["sources"].detach().clone()
     latents[:, 10:15, 1] = 0.7
-    after = approach.regularizer(
-        Separation(torch.zeros(0), latents.mean(0), latents), replace(windows, embeddings=changed)
-    )
+    after = approach.regularizer(with_shared(latents), replace(windows, embeddings=changed))
     assert before["regularizer"].item() == after["regularizer"].item()
     hidden = len(SOURCES) if signal == "stems" else 1
     every = approach.regularizer(separation, make_windows(signal))
@@ -253,7 +257,7 @@ def test_masked_windows_do_not_count(name, signal, hide):
 
 
 def test_a_window_at_the_threshold_counts_and_the_threshold_can_be_set():
-    separation, windows = make_separation(), make_windows()
+    separation, windows = make_latents(), make_windows()
     activity = windows.activity_db.clone()
     activity[0] = torch.tensor([-60.0, -60.1, -math.inf, math.nan])
     windows = replace(windows, activity_db=activity)
@@ -266,21 +270,21 @@ def test_a_window_at_the_threshold_counts_and_the_threshold_can_be_set():
 @pytest.mark.parametrize("num_left", [0, 1])
 @pytest.mark.parametrize(("name", "signal"), REGULARIZERS)
 def test_fewer_than_two_windows_give_a_connected_zero(name, signal, num_left):
-    approach, separation, windows = build(name, signal), make_separation(), make_windows(signal)
+    approach, separation, windows = build(name, signal), make_latents(), make_windows(signal)
     activity = torch.full_like(windows.activity_db, -math.inf)
     activity.view(-1)[:num_left] = -10.0
     terms = approach.regularizer(separation, replace(windows, activity_db=activity))
     assert terms["num_windows"] == num_left
     assert terms["regularizer"].item() == 0
     terms["regularizer"].backward()
-    gradients = [separation.source_latents_SNBD.grad]
+    gradients = [separation["sources"].grad]
     gradients += [parameter.grad for parameter in approach.parameters()]
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize(("name", "signal"), REGULARIZERS)
 def test_the_order_of_the_batch_does_not_matter(name, signal):
-    approach, separation, windows = build(name, signal), make_separation(), make_windows(signal)
+    approach, separation, windows = build(name, signal), make_latents(), make_windows(signal)
     windows = outside(quiet(windows, 1, 2), 0, 3)
     order = torch.tensor([2, 0, 1])
     shuffled = TeacherWindows(
@@ -290,16 +294,16 @@ def test_the_order_of_the_batch_does_not_matter(name, signal):
         inside=windows.inside[order],
         held=windows.held[order],
     )
-    latents = separation.source_latents_SNBD[:, :, order]
+    latents = separation["sources"][:, :, order]
     terms = approach.regularizer(separation, windows)
-    again = approach.regularizer(Separation(torch.zeros(0), latents.mean(0), latents), shuffled)
+    again = approach.regularizer(with_shared(latents), shuffled)
     for key, value in terms.items():
         torch.testing.assert_close(again[key], value)
 
 
 @pytest.mark.parametrize(("name", "signal"), REGULARIZERS)
 def test_regularizers_are_float32_under_autocast(name, signal):
-    approach, separation, windows = build(name, signal), make_separation(), make_windows(signal)
+    approach, separation, windows = build(name, signal), make_latents(), make_windows(signal)
     expected = approach.regularizer(separation, windows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = approach.regularizer(separation, windows)
@@ -312,16 +316,11 @@ def test_gradients_reach_every_parameter_and_training_aligns(name, signal):
     generator = torch.Generator().manual_seed(0)
     approach, windows = build(name, signal, weight=20.0), make_windows(signal)
     references = torch.randn(3, BATCH, 2, 8 * (NUM_FRAMES - 1), generator=generator)
-    spectrum, magnitudes = analyse(references.sum(0), 32, 8), analyse(references, 32, 8).abs()
-    torch.manual_seed(0)
-    separator = XUMX(
-        sources=SOURCES,
-        num_channels=2,
-        n_fft=32,
-        max_bin=12,
+    spectrum = analyse(references.sum(0), 32, 8)
+    separator = build_xumx(
+        make_layout(n_fft=32),
         hidden_size=8,
-        num_layers=2,
-        dropout=0.0,
+        bandwidth_hz=5500.0,
         condition_size=approach.condition_size,
     ).eval()  # in training, batch normalisation takes the input's mean away, and its gradient
     parameters = dict([*separator.named_parameters(), *approach.named_parameters()])
@@ -329,15 +328,15 @@ def test_gradients_reach_every_parameter_and_training_aligns(name, signal):
     history = []
     for step in range(30):
         condition = approach.condition(windows, NUM_FRAMES)
-        separation = separator(spectrum.abs(), condition)
-        terms = SeparationLoss()(
-            estimates_SNBCF=separation.estimates_SNBCF,
-            references_SNBCF=magnitudes,
-            estimates_SBCT=time_signals(separation.estimates_SNBCF, spectrum, 8),
+        separation = separator(spectrum, condition)
+        terms = MultiDomainLoss()(
+            separation,
+            references_SNBCF=analyse(references, 32, 8),
             references_SBCT=references,
             mixture_BCT=references.sum(0),
+            hop_samples=8,
         )
-        terms |= approach.regularizer(separation, windows)
+        terms |= approach.regularizer(separation.latents, windows)
         total = terms["total"]
         if "regularizer" in terms:
             total = total + approach.weight * terms["regularizer"]
@@ -361,67 +360,78 @@ def test_windows_move_together():
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 
+def combine(name, mixing, signal):
+    settings = {} if name == "none" else {"teacher_signal": signal}
+    return TrainConfig(
+        data=DataConfig(mixing=mixing), approach=configure_approach(name, **settings)
+    )
+
+
 @pytest.mark.parametrize("mixing", ["original", "random", "rendered"])
 @pytest.mark.parametrize("signal", ["mixture", "stems"])
-@pytest.mark.parametrize("name", ["none", "concat", "contrastive", "distance"])
+@pytest.mark.parametrize("name", ["none", "contrastive", "distance"])
 def test_possible_combinations(name, mixing, signal):
-    possible = name == "none" or (
-        signal == "stems" if mixing == "random" else name != "concat" or signal == "mixture"
-    )
-    if name == "concat" and mixing == "random":
-        possible = False
-    if possible:
-        check_combination(name, mixing, signal)
+    if name == "none" or signal == "stems" or mixing != "random":
+        needs = require_possible(combine(name, mixing, signal))
+        assert needs.teacher_signal == (None if name == "none" else signal)
+        assert not needs.teacher_to_separate
+        latent = None if name == "none" else {"mixture": "shared", "stems": "sources"}[signal]
+        assert needs.latent == latent
     else:
-        with pytest.raises(ValueError, match="use --"):
-            check_combination(name, mixing, signal)
+        with pytest.raises(ConfigError, match="use --"):
+            require_possible(combine(name, mixing, signal))
+
+
+def test_concat_needs_the_teacher_to_separate():
+    for mixing in ("original", "rendered"):
+        needs = require_possible(combine("concat", mixing, "mixture"))
+        assert (needs.teacher_signal, needs.teacher_to_separate) == ("mixture", True)
+        assert needs.latent is None
 
 
 @pytest.mark.parametrize(
     ("combination", "message"),
     [
-        (("concat", "original", "stems"), "concat needs the mixture's embedding.*use --teacher-s"),
-        (("concat", "random", "stems"), "mixture with --mixing original"),
-        (("concat", "random", "mixture"), "use --mixing original, --mixing rendered .* made$"),
-        (("distance", "random", "mixture"), "rendered .* made, or --teacher-signal stems"),
-        (("contrastive", "random", "mixture"), "contrastive with.*or --teacher-signal stems"),
-        (("triplet", "original", "stems"), "unknown approach 'triplet': expected one of none, con"),
-        (("none", "shuffled", "stems"), "unknown mixing 'shuffled': expected one of original, ra"),
-        (("none", "random", "drums"), "unknown teacher signal 'drums': expected one of mixture"),
+        (("concat", "original", "stems"), "teacher_signal is 'stems'; expected 'mixture': concat"),
+        (("concat", "random", "mixture"), "use --mixing original, --mixing rendered .* mixes$"),
+        (("distance", "random", "mixture"), "rendered .* mixes, or --teacher-signal stems"),
+        (("contrastive", "random", "mixture"), "contrastive needs.*or --teacher-signal stems"),
+        (("triplet", "original", "stems"), "unknown approach 'triplet'; expected one of none, con"),
+        (("none", "shuffled", "stems"), "data.mixing is 'shuffled'; expected one of original, ra"),
+        (("distance", "random", "drums"), "teacher_signal is 'drums'; expected one of mixture"),
     ],
 )
 def test_impossible_combinations_are_refused_with_reason_and_remedy(combination, message):
-    with pytest.raises(ValueError, match=message):
-        check_combination(*combination)
+    with pytest.raises(ConfigError, match=message):
+        require_possible(combine(*combination))
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("concat", {"teacher_signal": "stems"}, "concat needs the mixture's embedding"),
-        ("concat", {"projection_size": 0}, "projection_size is 0"),
+        ("concat", {"projection_size": 0}, "approach.projection_size is 0"),
         ("contrastive", {"projection_size": 0}, "projection_size is 0"),
-        ("contrastive", {"weight": 0.0}, "weight is 0.0: contrastive.*--approach none"),
+        ("contrastive", {"weight": 0.0}, "approach.weight is 0.0; expected > 0.*--approach none"),
         ("contrastive", {"temperature": 0.0}, "temperature is 0.0"),
         ("contrastive", {"temperature": math.nan}, "temperature is nan"),
-        ("distance", {"weight": -1.0}, "weight is -1.0: distance"),
+        ("distance", {"weight": -1.0}, "weight is -1.0"),
         ("distance", {"weight": math.inf}, "weight is inf"),
         ("triplet", {}, "unknown approach 'triplet'"),
     ],
 )
 def test_settings_out_of_range_are_refused(name, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         build(name, **changes)
 
 
-def test_distance_needs_neither_temperature_nor_projection_nor_parameters():
-    approach = build("distance", temperature=0.0, projection_size=1)
+def test_distance_has_no_parameters():
+    approach = build("distance")
     assert list(approach.parameters()) == []
 
 
 def test_windows_that_do_not_fit_are_refused():
-    separation = make_separation()
-    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*3 stems drums, bass, vocals"):
+    separation = make_latents()
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*of 3 stems"):
         build("distance", "stems").regularizer(separation, make_windows())
     with pytest.raises(ValueError, match=r"\(3, 3, 4, 6\).*the mixture's \(batch, window, dim\)"):
         build("distance").regularizer(separation, make_windows("stems"))

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from flsep.cache import Layout, Shards
 from flsep.trainer.approaches.informed import build_model
 from flsep.trainer.config import TrainConfig
+from flsep.trainer.errors import DataError
 
 
 def test_separators_start_alike_whatever_the_approach(
@@ -44,7 +46,5 @@ def test_a_bandwidth_beyond_half_the_rate_takes_all_bins(
 
 
 def test_one_source_is_refused(tiny: Callable[..., TrainConfig], layout: Layout) -> None:
-    from dataclasses import replace
-
-    with pytest.raises(ValueError, match="sources"):
+    with pytest.raises(DataError, match="two sources or more"):
         build_model(tiny(), replace(layout, sources=("vocals",)))

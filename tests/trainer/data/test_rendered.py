@@ -18,6 +18,7 @@ from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.reader import Reader
 from flsep.trainer.data.resident import Resident, wanted_signals
 from flsep.trainer.errors import CheckpointError, DataError
+from flsep.trainer.training.loop import finish_epoch, train_epoch, validate
 from flsep.trainer.training.state import Training
 
 RENDERED = DataConfig(mixing="rendered", excerpt_seconds=0.7, excerpts_per_track=3)
@@ -40,11 +41,11 @@ def start(tiny: Callable[..., TrainConfig], shards: Path) -> Callable[..., Train
 
 def train_epochs(training: Training, count: int) -> dict[str, torch.Tensor]:
     for _ in range(count):
-        for _ in training.train_epoch():
+        for _ in train_epoch(training):
             pass
-        valid = training.validate(lambda: False)
+        valid = validate(training, lambda: False)
         assert valid is not None
-        training.finish_epoch(valid)
+        finish_epoch(training, valid)
     return training.model.state_dict()
 
 

@@ -9,14 +9,14 @@ import torch
 
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.errors import RunError
+from flsep.trainer.errors import NonFiniteLossError, RunError
 from flsep.trainer.runs.checkpoint import load_checkpoint
 from flsep.trainer.runs.folder import Run
 from flsep.trainer.training import loop
 from flsep.trainer.training.launch import resume_config
 from flsep.trainer.training.loop import fit
-from flsep.trainer.training.progress import describe_place, describe_training
-from flsep.trainer.training.state import NonFiniteLossError, Training
+from flsep.trainer.training.progress import describe_position, describe_training
+from flsep.trainer.training.state import Training
 from flsep.trainer.training.stopping import Stopped, StopRequest
 
 SETTINGS = (
@@ -204,14 +204,14 @@ def test_a_non_finite_loss_keeps_the_last_checkpoint(
     start: Callable[..., Training], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start()
-    step = training.train_batch
+    train_batch = loop.train_batch
 
-    def spoil(batch: Any) -> dict[str, float]:
+    def spoil(training: Training, batch: Any, names: list[str]) -> dict[str, float]:
         if training.position.epoch == 1:
             batch.frames[:] = torch.nan
-        return step(batch)
+        return train_batch(training, batch, names)
 
-    monkeypatch.setattr(training, "train_batch", spoil)
+    monkeypatch.setattr(loop, "train_batch", spoil)
     with pytest.raises(NonFiniteLossError, match="epoch 1, batch 0"):
         fit(training, run, report=lambda line: None)
     assert load_checkpoint(run.last).epoch == 1
@@ -221,8 +221,10 @@ def test_resuming_with_other_settings_is_refused(tiny: Callable[..., TrainConfig
     stored = tiny()
     wanted = tiny("fit.epochs=9", "fit.patience=7")
     assert resume_config(stored, wanted, Path("r")) == wanted
-    with pytest.raises(RunError, match=r"r was started with approach.weight=1.0, not 2.0"):
-        resume_config(stored, tiny("approach.weight=2"), Path("r"))
+    with pytest.raises(RunError, match=r"r was started with loss.time_weight=10.0, not 2.0"):
+        resume_config(stored, tiny("loss.time_weight=2"), Path("r"))
+    with pytest.raises(RunError, match=r"r was started with approach.name=none, not distance"):
+        resume_config(stored, tiny("approach.name=distance"), Path("r"))
 
 
 def test_signals_are_noted_and_handlers_put_back() -> None:
@@ -253,7 +255,7 @@ def test_a_description_in_a_few_lines(
         "at most 2 epochs on cpu, float32, seed 0",
     ):
         assert part in text
-    assert describe_place(training) == "epoch 1, 0 of 5 batches"
+    assert describe_position(training) == "epoch 1, 0 of 5 batches"
     folder = new_shards(
         tmp_path / "s", {"a": ("train", 1.0), "tiny": ("train", 0.4), "b": ("valid", 1.0)}
     )

@@ -5,7 +5,7 @@ PROGRAM = """
 import resource
 import sys
 import numpy as np
-from flsep.trainer.memory import keep_freed_memory
+from flsep.trainer.training.launch import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(20):

@@ -9,6 +9,7 @@ import torch
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.errors import ConfigError
+from flsep.trainer.training.loop import finish_epoch, train_epoch, validate
 from flsep.trainer.training.objective import set_precision
 from flsep.trainer.training.state import Training
 
@@ -19,9 +20,9 @@ def train(config: TrainConfig, shards: Path) -> tuple[Training, list[float]]:
     training = Training(config, Shards(shards), device=CPU, num_workers=0)
     losses = []
     while training.finished is None:
-        for progress in training.train_epoch():
+        for progress in train_epoch(training):
             losses.append(progress.loss)
-        training.finish_epoch(training.validate(lambda: False) or {})
+        finish_epoch(training, validate(training, lambda: False) or {})
     return training, losses
 
 

@@ -9,7 +9,9 @@ import torch
 
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.training.state import NonFiniteLossError, Training
+from flsep.trainer.errors import NonFiniteLossError
+from flsep.trainer.training.loop import train_batch, train_epoch, validate
+from flsep.trainer.training.state import Training
 
 CPU = torch.device("cpu")
 
@@ -42,10 +44,10 @@ def test_accumulated_gradients_are_the_mean_over_excerpts(start: Callable[..., T
             expected[name] = expected.get(name, 0) + len(batch) / 3 * gradient
     training.position.batch = 3
     before = {name: value.clone() for name, value in training.model.named_parameters()}
-    assert "gradient_norm" not in training.train_batch(batches[3])
+    assert "gradient_norm" not in train_batch(training, batches[3])
     assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
     training.position.batch = 4
-    values = training.train_batch(batches[4])
+    values = train_batch(training, batches[4])
     found = gradients(training)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -56,14 +58,14 @@ def test_accumulated_gradients_are_the_mean_over_excerpts(start: Callable[..., T
 
 def test_progress_says_where_steps_end(start: Callable[..., Training]) -> None:
     training = start("optim.accumulate=2")
-    assert [p.is_step for p in training.train_epoch()] == [False, True, False, True, True]
+    assert [p.is_step for p in train_epoch(training)] == [False, True, False, True, True]
     assert training.position.num_steps == 3
 
 
 def test_gradients_are_clipped_to_a_norm(start: Callable[..., Training]) -> None:
     free, clipped = start(), start("optim.clip_norm=0.125")
     batch = next(free.splits.train_batches(0))
-    norms = [training.train_batch(batch)["gradient_norm"] for training in (free, clipped)]
+    norms = [train_batch(training, batch)["gradient_norm"] for training in (free, clipped)]
     assert norms[0] == norms[1] > 1
     for name, gradient in gradients(clipped).items():
         torch.testing.assert_close(gradient, gradients(free)[name] * (0.125 / norms[0]))
@@ -73,7 +75,7 @@ def test_the_moving_average_is_validated_and_kept(start: Callable[..., Training]
     training = start("optim.ema_decay=0.75", "optim.learning_rate=1e-2")
     history = []
     for batch in training.splits.train_batches(0):
-        training.train_batch(batch)
+        train_batch(training, batch)
         training.position.batch += 1
         history.append({k: v.clone() for k, v in training.model.state_dict().items()})
     kept = training.checkpoint(resumable=False).tensors
@@ -84,11 +86,11 @@ def test_the_moving_average_is_validated_and_kept(start: Callable[..., Training]
         for state in history[1:]:
             average = 0.75 * average + 0.25 * state[name]
         torch.testing.assert_close(kept[f"model.{name}"], average)
-    loss = (training.validate(lambda: False) or {})["separation"]
+    loss = (validate(training, lambda: False) or {})["separation"]
     with torch.no_grad():
         for parameter in training.model.parameters():
             parameter.fill_(math.nan)
-    assert (training.validate(lambda: False) or {})["separation"] == loss
+    assert (validate(training, lambda: False) or {})["separation"] == loss
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
@@ -96,15 +98,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 ) -> None:
     training = start("optim.accumulate=2")
     batches = list(training.splits.train_batches(0))
-    training.train_batch(batches[0])
+    train_batch(training, batches[0])
     training.position.batch = 1
     weight = training.model.separator.decoder_SHD
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = {name: value.clone() for name, value in training.model.named_parameters()}
-    names = "; ".join([*batches[0].names, *batches[1].names])
+    names = [*batches[0].names, *batches[1].names]
     with pytest.raises(
         NonFiniteLossError, match=r"batch 1: the gradient is not finite \(magnitude .*no step"
     ) as caught:
-        training.train_batch(batches[1])
-    assert names in str(caught.value)
+        train_batch(training, batches[1], names)
+    assert "; ".join(names) in str(caught.value)
     assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
