@@ -14,6 +14,7 @@ from flsep.pipeline.config import FeatureConfig
 from flsep.trainer.cli import main as train
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.recipes import RECIPES
+from flsep.trainer.registry import APPROACHES, SEPARATORS, load
 
 FOLDER = Path(__file__).parent / "reference"
 PROGRAMS: dict[str, click.Command] = {"flsep-precompute": precompute, "flsep-train": train}
@@ -61,6 +62,9 @@ This page is generated from the code; do not edit it. `make docs` writes it agai
 section.field=value`, which may be repeated and beats the options. Values are checked against the
 types below; an unknown section or field is refused, and the message names the nearest. The resolved
 configuration is stored in `config.json` of the run folder and in every checkpoint.
+
+The sections `separator` and `loss` have the fields of the chosen separator (`separator.name`),
+and the section `approach` has those of the chosen approach; other fields are refused.
 
 | option of `fit` | is the same as `--set` of |
 |---|---|
@@ -114,20 +118,21 @@ def _help(name: str, root: click.Command, command: click.Command) -> str:
 
 def render_config() -> str:
     """Return config.md: every field of the configurations."""
-    recipes = {name: recipe() for name, recipe in RECIPES.items()}
     parts = [_CONFIG_HEAD]
+    for name in SEPARATORS:
+        recipes = {key: make("none") for key, make in RECIPES.items()}
+        recipes = {key: made for key, made in recipes.items() if made.separator.name == name}
+        kind = load(SEPARATORS, name, "separator")
+        parts.append(_section(f"separator: {name}", "separator", kind.Config, recipes))
+        parts.append(_section(f"loss: {name}", "loss", kind.Loss, recipes))
+    for name in APPROACHES:
+        recipes = {key: make(name) for key, make in RECIPES.items()}
+        kind = load(APPROACHES, name, "approach").Config
+        parts.append(_section(f"approach: {name}", "approach", kind, recipes))
+    recipes = {key: make("none") for key, make in RECIPES.items()}
     for section in fields(TrainConfig):
-        kind: Any = section.type
-        hints, meanings = get_type_hints(kind), read_attributes(kind)
-        rows = [["field", "type", *recipes, "meaning"]]
-        for field in fields(kind):
-            defaults = [
-                _show(getattr(getattr(recipe, section.name), field.name))
-                for recipe in recipes.values()
-            ]
-            key = f"`{section.name}.{field.name}`"
-            rows.append([key, _describe(hints[field.name]), *defaults, meanings[field.name]])
-        parts.append(f"### {section.name}\n\n{_first_line(kind)}\n\n{_table(rows)}")
+        if section.name not in ("separator", "loss", "approach"):
+            parts.append(_section(section.name, section.name, section.type, recipes))
     hints, meanings = get_type_hints(FeatureConfig), read_attributes(FeatureConfig)
     rows = [["field", "option", "type", "default", "meaning"]]
     for field in fields(FeatureConfig):
@@ -136,6 +141,17 @@ def render_config() -> str:
         rows.append([name, option, kind, default, meanings[field.name]])
     parts.append(f"{_FEATURES_HEAD}\n{_table(rows)}")
     return "\n".join(parts)
+
+
+def _section(title: str, section: str, kind: Any, recipes: dict[str, TrainConfig]) -> str:
+    """Return the table of one section, with its values in each recipe."""
+    hints, meanings = get_type_hints(kind), read_attributes(kind)
+    rows = [["field", "type", *recipes, "meaning"]]
+    for field in fields(kind):
+        values = [_show(getattr(getattr(r, section), field.name)) for r in recipes.values()]
+        key = f"`{section}.{field.name}`"
+        rows.append([key, _describe(hints[field.name]), *values, meanings[field.name]])
+    return f"### {title}\n\n{_first_line(kind)}\n\n{_table(rows)}"
 
 
 def read_attributes(kind: type) -> dict[str, str]:

@@ -56,8 +56,9 @@ class _Commands(CommandGroup):
     def explain(self, error: Exception) -> str | None:
         """Return one line for an expected failure, None for a bug."""
         line = super().explain(error)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            line = "out of memory; use --set data.batch_size=... or a smaller model"
+        memory = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        if isinstance(error, MemoryError) or memory == "GPU memory":
+            line = f"out of {memory}; use --set data.batch_size=... or a smaller model"
         # Under torchrun every process reports its failure; name the others than the first.
         rank = os.environ.get("RANK", "0")
         return line if line is None or rank == "0" else f"process {rank}: {line}"
@@ -138,9 +139,13 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(["mixture", "stems"]),
     help="Embeddings to learn from: the mixture's, or each stem's. [default: mixture]",
 )
-@click.option("--weight", type=float, help="Factor of the regularizer. [default: 1.0]")
-@click.option("--temperature", type=float, help="Of contrastive. [default: 0.1]")
-@click.option("--seed", type=int, help="Of weights, dropout and excerpts. [default: 0]")
+@click.option(
+    "--weight", type=float, help="Factor of the regularizer (contrastive, distance). [default: 1.0]"
+)
+@click.option(
+    "--temperature", type=float, help="Divisor of the similarities (contrastive). [default: 0.1]"
+)
+@click.option("--seed", type=int, help="Seed of weights, dropout and excerpts. [default: 0]")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "tf32", "bfloat16"]),

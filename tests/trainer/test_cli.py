@@ -17,9 +17,9 @@ import soundfile
 import torch
 from click.testing import CliRunner, Result
 
-from flsep.trainer.approaches.registry import APPROACHES, MIXINGS, TEACHER_SIGNALS
 from flsep.trainer.cli import main
 from flsep.trainer.runs.checkpoint import load_checkpoint
+from flsep.trainer.training import loop
 from flsep.trainer.training.state import Training
 
 Run = Callable[..., Result]
@@ -54,7 +54,7 @@ def command(shards: Path, mixes: Path, tmp_path: Path, tiny_settings: list[str])
 def assert_one_line(result: Result, message: str, status: int = 1) -> None:
     __tracebackhide__ = True
     assert result.exit_code == status, result.output
-    (line,) = result.stderr.splitlines()
+    (line,) = result.stderr.strip().splitlines()
     assert message in line
 
 
@@ -67,15 +67,16 @@ def test_help_comes_at_once_and_lists_every_command(command: Run) -> None:
 
 
 def test_help_is_up_to_date(command: Run) -> None:
-    from flsep.trainer.config import ApproachConfig, DataConfig, FitConfig
+    from flsep.trainer.approaches.contrastive import ContrastiveConfig
+    from flsep.trainer.config import DataConfig, FitConfig
 
     text = " ".join(command("fit --help").output.split())
     for stated in (
-        f"Factor of the regularizer. [default: {ApproachConfig().weight}]",
-        f"Of contrastive. [default: {ApproachConfig().temperature}]",
+        f"the regularizer (contrastive, distance). [default: {ContrastiveConfig().weight}]",
+        f"Divisor of the similarities (contrastive). [default: {ContrastiveConfig().temperature}]",
         f"[default: {DataConfig().mixing}]",
-        f"[default: {ApproachConfig().teacher_signal}]",
-        f"Of weights, dropout and excerpts. [default: {FitConfig().seed}]",
+        f"[default: {ContrastiveConfig().teacher_signal}]",
+        f"Seed of weights, dropout and excerpts. [default: {FitConfig().seed}]",
     ):
         assert stated in text
 
@@ -101,23 +102,23 @@ def test_the_trainer_loads_neither_tensorflow_nor_dask(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("signal_name", TEACHER_SIGNALS)
-@pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("signal_name", ["mixture", "stems"])
+@pytest.mark.parametrize("mixing", ["original", "random", "rendered"])
+@pytest.mark.parametrize("approach", ["concat", "contrastive", "distance"])
 def test_every_combination_trains_or_says_why_not(
     command: Run, tmp_path: Path, approach: str, mixing: str, signal_name: str
 ) -> None:
     result = command(
         f"fit SHARDS --run TMP/run TINY --set fit.epochs=1 --approach {approach} "
-        f"--mixing {mixing} --teacher-signal {signal_name} --weight 0.5 --temperature 0.2"
-        + " --mixes MIXES"
-        * (mixing == "rendered")
+        f"--mixing {mixing} --teacher-signal {signal_name}"
+        + " --weight 0.5" * (approach != "concat")
+        + " --mixes MIXES" * (mixing == "rendered")
     )
     reason = None
     if approach == "concat" and signal_name == "stems":
-        reason = "concat needs the mixture's embedding"
-    elif approach != "none" and mixing == "random" and signal_name == "mixture":
-        reason = "a random mixture has no precomputed embedding; use --mixing original"
+        reason = "approach.teacher_signal is 'stems'; expected 'mixture': concat needs"
+    elif mixing == "random" and signal_name == "mixture":
+        reason = "random mixture has no precomputed embedding; use --mixing original"
     if reason is not None:
         assert_one_line(result, reason)
         assert not (tmp_path / "run").exists()
@@ -131,15 +132,32 @@ def test_every_combination_trains_or_says_why_not(
     }  # fmt: skip
     config = load_checkpoint(tmp_path / "run" / "best.safetensors").config
     assert (config.approach.name, config.data.mixing) == (approach, mixing)
-    assert (config.approach.weight, config.approach.temperature) == (0.5, 0.2)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["approach"]["teacher_signal"] == signal_name
     assert len(stored["fingerprint"]) == 64
 
 
+@pytest.mark.parametrize("mixing", ["original", "random", "rendered"])
+def test_the_separator_alone_trains_with_any_mixing(
+    command: Run, tmp_path: Path, mixing: str
+) -> None:
+    result = command(
+        f"fit SHARDS --run TMP/run TINY --set fit.epochs=1 --mixing {mixing}"
+        + " --mixes MIXES" * (mixing == "rendered")
+    )
+    assert result.exit_code == 0, result.output
+    assert "approach   none: the separator alone" in result.output
+
+
+def test_options_without_effect_are_refused(command: Run) -> None:
+    result = command("fit SHARDS --run TMP/run TINY --approach distance --temperature 0.2")
+    assert_one_line(result, "section 'approach' of 'distance' has no field 'temperature'")
+
+
 def test_settings_beat_options_beat_the_recipe(command: Run, tmp_path: Path) -> None:
     result = command(
         "fit SHARDS --run TMP/run --recipe demo TINY --set fit.epochs=1 --weight 3 --seed 5 "
+        "--approach distance "
         "--set approach.weight=4"
     )
     assert result.exit_code == 0, result.output
@@ -154,7 +172,10 @@ def test_settings_beat_options_beat_the_recipe(command: Run, tmp_path: Path) -> 
         ("fit TMP/none --run TMP/run", "none: no such folder"),
         ("fit TMP --run TMP/run", "index.json: no index"),
         ("fit SHARDS --run TMP/run --set fit.epoch=1", "no field 'epoch'; did you mean epochs"),
-        ("fit SHARDS --run TMP/run --weight -1", "approach.weight is -1.0; expected > 0"),
+        (
+            "fit SHARDS --run TMP/run --approach distance --weight -1",
+            "approach.weight is -1.0; expected > 0",
+        ),
         ("fit SHARDS --run TMP/file TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/file/run TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/full TINY", "is not empty: add --resume"),
@@ -196,7 +217,10 @@ def test_a_bug_is_not_hidden(command: Run, monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("bug")
 
     monkeypatch.setattr(Training, "__init__", fail)
-    assert isinstance(command("fit SHARDS --run TMP/run TINY").exception, AssertionError)
+    result = command("fit SHARDS --run TMP/run TINY")
+    assert result.exit_code == 70
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "AssertionError: bug" in result.stderr
 
 
 def test_running_out_of_gpu_memory_is_one_line(
@@ -205,7 +229,7 @@ def test_running_out_of_gpu_memory_is_one_line(
     def fail(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("long\nstory")
 
-    monkeypatch.setattr(Training, "train_batch", fail)
+    monkeypatch.setattr(loop, "train_batch", fail)
     assert_one_line(command("fit SHARDS --run TMP/run TINY"), "out of GPU memory; use --set data.")
 
 
@@ -214,18 +238,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Send signals from within a step, by its number."""
 
     def install(step_number: int, *numbers: signal.Signals) -> None:
-        inner, count = Training.train_batch, 0
+        train_batch, count = loop.train_batch, 0
 
-        def step(self: Training, batch: Any) -> dict[str, float]:
+        def step(training: Training, batch: Any, names: list[str]) -> dict[str, float]:
             nonlocal count
             count += 1
-            values = inner(self, batch)
+            values = train_batch(training, batch, names)
             if count == step_number:
                 for number in numbers:
                     signal.raise_signal(number)
             return values
 
-        monkeypatch.setattr(Training, "train_batch", step)
+        monkeypatch.setattr(loop, "train_batch", step)
 
     return install
 

@@ -36,10 +36,10 @@ from pathlib import Path
 import torch
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.loop import fit
 from flsep.trainer.parallel import joined
-from flsep.trainer.runs import Run
-from flsep.trainer.training import Training
+from flsep.trainer.runs.folder import Run
+from flsep.trainer.training.loop import fit
+from flsep.trainer.training.state import Training
 shards, runs, configs = sys.argv[1:]
 cpu = torch.device("cpu")
 with joined(cpu) as part:

@@ -49,7 +49,7 @@ def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | Non
     except ImportError as error:
         raise InferenceError(
             f"a model trained with {separator.config.approach.name} needs its teacher to separate, "
-            f"and {error.name} is not installed; run `pip install flsep[pipeline]`"
+            f"and {error.name} is not installed: run `pip install flsep[pipeline]`"
         ) from error
     loaded = pipeline.Teacher.load(teacher or layout.teacher)
     if loaded.info.digest != layout.teacher_digest:

@@ -13,18 +13,24 @@ from safetensors.torch import save_file
 
 from flsep.cache import Layout
 from flsep.trainer.approaches.informed import build_model
-from flsep.trainer.config import TrainConfig
+from flsep.trainer.config import TrainConfig, configure_approach
 from flsep.trainer.errors import CheckpointError
+from flsep.trainer.inference.separate import TrackSeparator
 from flsep.trainer.runs.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_model,
+    load_weights,
     pack_optimizer,
     require_same_data,
     save_checkpoint,
+    take,
     unpack_optimizer,
 )
+from flsep.trainer.separators.xumx import XumxConfig
 from flsep.trainer.teacher import Standard
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 @pytest.fixture
@@ -109,10 +115,10 @@ def rewrite(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "checkpoint version 3, this flsep reads 2; use the flsep that"),
-        ({"version": 1}, "checkpoint version 1, this flsep reads 2"),
+        ({"version": 4}, "checkpoint version 4, this flsep reads 3; use the flsep that"),
+        ({"version": 1}, "checkpoint version 1, this flsep reads 3"),
         ({"format": "other"}, "its header is not readable .format 'other'"),
-        ({"config": {}}, "its header is not readable .stored configuration: section 'separator'"),
+        ({"config": {}}, "its header is not readable .stored configuration: no separator"),
         ({"layout": {"n_fft": 3}}, "its header is not readable .layout has the fields"),
         ({"standard": {"mean": []}}, "its header is not readable .'scale'"),
     ],
@@ -125,6 +131,24 @@ def test_a_bad_header_is_refused(
     rewrite(path, **changes)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_version_2_is_read() -> None:
+    path = DATA / "checkpoint-2.safetensors"
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.config.separator == XumxConfig(hidden_size=4, num_layers=1, dropout=0)
+    assert checkpoint.config.approach == configure_approach(
+        "contrastive", weight=0.5, projection_size=2
+    )
+    # The model and its moving average, whose projection had another name.
+    load_model(checkpoint, "x")
+    average = take(checkpoint.tensors, "average.model.")
+    load_weights(build_model(checkpoint.config, checkpoint.layout), average, "x")
+    waveform = np.random.default_rng(0).standard_normal((1, 800), dtype=np.float32)
+    separator = TrackSeparator(path, device=torch.device("cpu"))
+    found = np.concatenate(list(separator.separate([waveform])), axis=2)
+    expected = np.load(DATA / "checkpoint-2-estimates.npy")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_other_safetensors_are_refused(tmp_path: Path) -> None:
