@@ -71,7 +71,7 @@ class _Commands(CommandGroup):
 )
 @click.version_option(package_name="flsep", prog_name="flsep-train")
 def main() -> None:
-    """Train X-UMX on precomputed shards, informed by a teacher's embeddings; separate; score.
+    """Train separators on precomputed shards, informed by a teacher; separate; score.
 
     \b
     flsep-train fit SHARDS --run runs/none
@@ -131,13 +131,13 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
     "--mixes",
     type=_FOLDER,
     metavar="FOLDER",
-    help="Of flsep-precompute mixes, for --mixing rendered; epochs beyond its last begin again "
-    "with its first.",
+    help="Mixes of flsep-precompute mixes, for --mixing rendered. Epochs beyond the last one begin "
+    "again with the first.",
 )
 @click.option(
     "--teacher-signal",
     type=click.Choice(["mixture", "stems"]),
-    help="Embeddings to learn from: the mixture's, or each stem's. [default: mixture]",
+    help="Signal whose embeddings to learn from: the mixture, or each stem. [default: mixture]",
 )
 @click.option(
     "--weight", type=float, help="Factor of the regularizer (contrastive, distance). [default: 1.0]"
@@ -157,14 +157,14 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
     "settings",
     multiple=True,
     metavar="SECTION.FIELD=VALUE",
-    help="Change any field of the configuration; beats the options above. May be repeated; "
+    help="Change any field of the configuration; beats the options above. May be repeated. "
     "config.json in the run folder shows all fields.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run in the folder, exactly; start it where there is none. Options may "
-    "only repeat what it was started with, but for fit.epochs and fit.patience.",
+    help="Continue the run in the folder exactly; start it if there is none. Options may only "
+    "repeat what the run was started with, except fit.epochs and fit.patience.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in the folder.")
 @click.option(
@@ -174,18 +174,18 @@ def _verify_option(command: Callable[..., None]) -> Callable[..., None]:
     default=10.0,
     show_default=True,
     metavar="MINUTES",
-    help="Save within an epoch too, so that a crash costs no more than this.",
+    help="Save within an epoch, too, so that a crash costs no more than this.",
 )
 @click.option(
     "--resident",
     type=click.Choice(["device", "host"]),
-    help="Load all training data into the memory of the GPU or of the host first; refused where "
-    "it does not fit. [default: read the shards as they are needed]",
+    help="Load all training data into the memory of the GPU or of the host first; refused if it "
+    "does not fit. [default: read the shards as they are needed]",
 )
 @click.option(
     "--workers",
     type=click.IntRange(0, 256),
-    help="Threads that read ahead; the batches do not depend on it. [default: cores, at most 8]",
+    help="Threads that read ahead; they do not change the batches. [default: cores, at most 8]",
 )
 @_device_option
 @_verify_option
@@ -206,18 +206,18 @@ def fit(
     flsep-train fit SHARDS --run runs/small --set separator.hidden_size=128 --set fit.epochs=50
     torchrun --standalone --nproc-per-node 4 --no-python -- flsep-train fit SHARDS --run runs/none
 
-    Under torchrun the processes share each batch, one GPU a process; the first one writes.
+    Under torchrun the processes share each batch, with one GPU each; the first process writes.
 
-    Ctrl-C, SIGTERM and SIGUSR1 save after the step and end with status 130, 143 and 138; the same
-    command with --resume goes on as if nothing had happened, whatever --workers. The validation
-    split's separation loss (without the regularizer) decides the schedule, the early stop and
-    which weights are the best.
+    Ctrl-C, SIGTERM and SIGUSR1 save after the step and end with status 130, 143 and 138. The same
+    command with --resume then continues as if nothing had happened, whatever --workers is. The
+    separation loss of the validation split, without the regularizer, decides the schedule, the
+    early stop and which weights are the best.
 
     \b
     The run folder holds
       best.safetensors   weights with the lowest validation loss, and the configuration
-      last.safetensors   the same with all that --resume needs
-      metrics.jsonl      a line an epoch, each loss term apart; events.* for TensorBoard
+      last.safetensors   the last weights, and everything that --resume needs
+      metrics.jsonl      a line for each epoch with every term of the loss; events.* for TensorBoard
       config.json, environment.json
     """
     from flsep.trainer.training.launch import FitRequest, launch
@@ -248,21 +248,21 @@ def _count_threads(workers: int | None) -> int:
 @click.option(
     "--targets",
     metavar="NAME,...",
-    help="Write these sources only, by name, e.g. vocals,drums. [default: all]",
+    help="Sources to write, by name, e.g. vocals,drums. [default: all]",
 )
-@click.option("--wiener", is_flag=True, help="Refine by one EM iteration (needs norbert).")
+@click.option("--wiener", is_flag=True, help="Refine by a Wiener filter (needs norbert).")
 @click.option(
     "--chunk",
     "chunk_seconds",
     type=float,
     default=30.0,
     show_default=True,
-    help="Seconds separated at a time; bounds the memory.",
+    help="Seconds that are separated at a time; limits the memory.",
 )
 @click.option(
     "--teacher",
     type=str,
-    help="Where the teacher is, for a run trained with concat. [default: as precomputed]",
+    help="Where the teacher is, for a model that needs it. [default: as precomputed]",
 )
 @_device_option
 def separate(
@@ -281,10 +281,10 @@ def separate(
     flsep-train separate runs/none song.mp3 separated
     flsep-train separate runs/none/last.safetensors album/ separated --targets vocals
 
-    RUN is a run folder (its best.safetensors is used) or a checkpoint. Anything that FFmpeg reads
-    will do; other rates are resampled to the model's, mono is duplicated to its channels. The wav
-    files have the model's rate and 32-bit floats, so that nothing clips. A file that fails is
-    named, the others go on, and the exit status is 1.
+    RUN is a run folder, whose best.safetensors is used, or a checkpoint. AUDIO can be anything that
+    FFmpeg reads; it is resampled to the model's rate, and mono is duplicated to its channels. The
+    wav files hold 32-bit floats, so that nothing clips. If a file fails, it is named, the others
+    are separated, and the exit status is 1.
     """
     from flsep.trainer.inference.embedder import load_embedder
     from flsep.trainer.inference.separate import (
@@ -330,14 +330,16 @@ def _find_checkpoint(run: Path) -> Path:
 @main.command()
 @click.argument("runs", nargs=-1, type=_FOLDER)
 @click.argument("shards", type=_FOLDER)
-@click.option("--floor", type=_FOLDER, help="Score the mixture as every estimate, into a folder.")
-@click.option("--oracle", type=_FOLDER, help="Score the ideal ratio mask, into a folder.")
+@click.option(
+    "--floor", type=_FOLDER, help="Score the mixture as every estimate, into this folder."
+)
+@click.option("--oracle", type=_FOLDER, help="Score the ideal ratio mask, into this folder.")
 @click.option(
     "--split",
     type=click.Choice(["train", "valid", "test"]),
     default="test",
     show_default=True,
-    help="Tracks to score; their audio must be in the shards (--audio-splits of precompute).",
+    help="Tracks to score; the shards must hold their audio (--audio-splits of flsep-precompute).",
 )
 @click.option("--wiener", is_flag=True, help="Refine the runs' estimates (needs norbert).")
 @click.option(
@@ -362,11 +364,11 @@ def evaluate(
     flsep-train evaluate runs/none runs/concat SHARDS
     flsep-train evaluate SHARDS --floor runs/floor --oracle runs/oracle
 
-    Each run's best.safetensors separates the tracks' audio from the shards; concat takes the
-    mixture's embeddings from there, so that no teacher is needed. Scores go to RUN/evaluation,
-    one JSON file a track in museval's format; those that hold already are kept. museval takes
-    about a second of one core for each second of four sources. A track that fails is named, the
-    others go on, and the exit status is 1. Show the scores with flsep-train compare.
+    The best.safetensors of each run separates the audio of the tracks in the shards. Embeddings
+    come from the shards, too, so that no teacher is needed. Scores go to RUN/evaluation, one JSON
+    file for each track in museval's format; scores that are still valid are kept. museval takes
+    about a second of one core for each second of four sources. If a track fails, it is named, the
+    others are scored, and the exit status is 1. Show the scores with flsep-train compare.
     """
     from flsep.cache import Shards
     from flsep.trainer.runs.folder import Run
@@ -417,8 +419,8 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
     flsep-train compare runs/none runs/concat --floor runs/floor --out comparison
     flsep-train compare runs/w1 'weight 0.1=runs/w01' --floor runs/floor --oracle runs/oracle
 
-    Runs that differ in their seed alone make one row, with the spread over the seeds. A row has
-    the approach's name, or the NAME before the =. Counted are the frames that all rows scored.
+    Runs that differ only in their seed make one row, with the spread over the seeds. A row is named
+    after its approach, or after the NAME before the =. Only frames that all rows scored count.
     """
     from flsep.trainer.scoring.evaluation import read_evaluation
     from flsep.trainer.study.rows import compare_evaluations

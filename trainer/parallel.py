@@ -1,8 +1,8 @@
-"""Several processes that train one model: each its part of a batch, the same weights in all.
+"""Training in several processes: each has its part of every batch, and all have the same weights.
 
-`torchrun` starts the processes. What one process would compute over a whole batch is computed over
-the parts: statistics of batch norm (`BatchNorm`), windows that a regularizer compares
-(`gather_rows`), losses (`sum_over_ranks`). With one process all of this does nothing.
+`torchrun` starts the processes. What depends on the whole batch is computed over all parts: the
+statistics of batch norm (`BatchNorm`), the windows that a regularizer compares (`gather_rows`) and
+the losses (`sum_over_ranks`). With one process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from flsep.trainer.errors import LostProcessError
 _TIMEOUT = timedelta(minutes=30)
 
 
-# Gloo's threads may still need Python's lock to let go of the last collective, and the group's
-# destructor, which has the lock, waits for them: let it be called at the end of the interpreter.
+# The group's destructor holds Python's lock while it waits for Gloo's threads, which may need the
+# lock to release the last collective. Keeping the group until the interpreter ends avoids this.
 _groups: list[Any] = []
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Part]:
-    """Join the processes that `torchrun` started, if it did.
+    """Join the processes that `torchrun` has started, if it has.
 
     Parameters
     ----------
     device : torch.device
-        Where this process computes: NCCL connects GPUs, Gloo processors.
+        Device of this process: NCCL connects GPUs, Gloo connects processors.
 
     Yields
     ------
     Part
-        Which process this is, and of how many.
+        The part of this process.
 
     Raises
     ------
     LostProcessError
-        If another process is gone.
+        If another process has ended.
     """
     if not (dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
         yield Part()
@@ -61,7 +61,7 @@ def joined(device: torch.device) -> Iterator[Part]:
         if not lost:
             raise
         raise LostProcessError(
-            "another process of this training is gone; see what it said, and go on with --resume"
+            "another process of this training has ended; see its message, continue with --resume"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -83,7 +83,7 @@ def count_ranks() -> int:
 
 
 def wait_for_all() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have called this."""
     if count_ranks() > 1:
         dist.barrier()
 
@@ -103,7 +103,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the picklable value that each process gives, in the order of the ranks."""
+    """Return the picklable values of all processes, in the order of the ranks."""
     if count_ranks() == 1:
         return [value]
     values = [None] * count_ranks()
@@ -112,20 +112,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def gather_rows(rows_MX: Tensor) -> Tensor:
-    """Concatenate the rows of all processes.
+    """Concatenate the rows of all processes, float [row, feature], in the order of the ranks.
 
-    Every process gets all rows, and its backward pass the gradients that all processes have for
-    its own, added up.
-
-    Parameters
-    ----------
-    rows_MX : Tensor
-        float [row, feature]; the number of rows may differ between processes.
-
-    Returns
-    -------
-    Tensor
-        float [row of any process, feature], in the order of the ranks.
+    The number of rows may differ between processes. In the backward pass each process receives the
+    sum of the gradients that all processes have for its rows.
     """
     if count_ranks() == 1:
         return rows_MX
@@ -153,7 +143,7 @@ class _Sum(torch.autograd.Function):
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the last axis, float [..., feature], with the statistics of all processes.
 
-    `torch.nn.SyncBatchNorm` does this on GPUs alone; here a test on processors covers it.
+    `torch.nn.SyncBatchNorm` works on GPUs only, so no test on a CPU could cover it.
     """
 
     running_mean: Tensor
@@ -164,7 +154,7 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(
         self, input: Tensor, gain_X: Tensor | None = None, shift_X: Tensor | None = None
     ) -> Tensor:
-        """Normalise, multiply and add: with the layer's own weight and bias, or in their place."""
+        """Normalise, multiply by a gain and add a shift; by default the weight and the bias."""
         gain_X = self.weight if gain_X is None else gain_X
         shift_X = self.bias if shift_X is None else shift_X
         rows_MX = input.flatten(0, -2)
@@ -203,12 +193,12 @@ class BatchNorm(nn.BatchNorm1d):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of each batch a process reads, when several train together.
+    """The part of each batch that a process has when several train together.
 
     Attributes
     ----------
     rank, num_ranks : int
-        Which of the processes it is, and how many there are.
+        Number of the process, from 0, and number of processes.
     """
 
     rank: int = 0
@@ -219,7 +209,7 @@ class Part:
             raise ValueError(f"rank is {self.rank}; expected one in [0, {self.num_ranks})")
 
     def share(self, indices: range) -> range:
-        """Return this part's indices: neighbours, as many as the others have, or one more."""
+        """Return the consecutive indices of this part; the first parts may have one more."""
         size, num_larger = divmod(len(indices), self.num_ranks)
         start = self.rank * size + min(self.rank, num_larger)
         return indices[start : start + size + (self.rank < num_larger)]

@@ -1,4 +1,4 @@
-"""The short-time Fourier transform around the separator.
+"""The short-time Fourier transform and its inverse, with frames first.
 
 Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, K frames that overlap.
 A spectrum is NBCF, a stack of them SNBCF.
@@ -75,10 +75,10 @@ def synthesise(spectrum_NBCF: Tensor, hop: int, num_samples: int | None = None) 
 
 
 class _Inverse(torch.autograd.Function):
-    """The inverse transform with frames first, as they come, and its adjoint.
+    """The inverse transform of spectra with frames first, and its adjoint.
 
-    `torch.istft` wants them last, and autograd goes through its copies once more: this takes half
-    the time and keeps nothing for the backward pass.
+    `torch.istft` takes frames last, and autograd differentiates through the copies that this needs.
+    This function takes half the time and keeps no spectrum for the backward pass.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class _Inverse(torch.autograd.Function):
         frames_BCNT = F.pad(grad_BCT, (before, after)).unfold(-1, n_fft, hop)
         windowed_NBCT = frames_BCNT.movedim(-2, -4) * _window(n_fft, grad_BCT)
         grad_NBCF = torch.fft.rfft(windowed_NBCT, norm="forward")
-        grad_NBCF[..., 1:-1] *= 2  # each stands for its conjugate too
+        grad_NBCF[..., 1:-1] *= 2  # each bin stands for its conjugate, too
         return grad_NBCF, None, None
 
 
@@ -113,7 +113,7 @@ def _window(n_fft: int, like: Tensor) -> Tensor:
 
 
 def _overlap_add(frames_NBCT: Tensor, window_T: Tensor, hop: int) -> Tensor:
-    """Window frames and add them up at their places, ``[..., batch, channel, sample]``."""
+    """Window frames and add them up where they overlap, to [..., batch, channel, sample]."""
     *lead, num_frames, batch, channels, length = frames_NBCT.shape
     num_pieces = -(-length // hop)
     fill = num_pieces * hop - length

@@ -1,4 +1,4 @@
-"""What a batch of excerpts knows of the teacher."""
+"""The teacher's embeddings in a batch of excerpts, and how they are standardised."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from flsep.trainer.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherWindows:
-    """What the teacher says about a batch of excerpts.
+    """Embeddings of the teacher's windows in a batch of excerpts.
 
     Attributes
     ----------
     embeddings : Tensor
-        Standardised embeddings, float32: of the mixture [batch, window, dim], or of the stems
-        [source, batch, window, dim] in the separator's order of sources.
+        Standardised embeddings of the mixture, float32 [batch, window, dim], or of the stems,
+        [source, batch, window, dim], in the separator's order of sources.
     activity_db : Tensor
-        RMS of each window of that signal, dBFS, float32: the shape of `embeddings` without dim.
+        RMS of each window of that signal in dBFS, float32, shaped as `embeddings` without dim.
     bounds : Tensor
         First and one-past-last latent frame of each window, relative to the excerpt, int64
-        [batch, window, 2]; may lie outside the excerpt. With stems it may have a leading source
-        axis.
+        [batch, window, 2]. A window may reach beyond the excerpt. With stems there may be a leading
+        source axis.
     inside : Tensor
-        Whether the window lies fully inside the excerpt, bool, the shape of `bounds` without 2.
+        Whether the window lies fully inside the excerpt, bool, shaped as `bounds` without 2.
     held : Tensor
-        Index of the window that is held at each latent frame, int64 [batch, frame].
+        Index of the window that each latent frame lies in, int64 [batch, frame].
     """
 
     embeddings: Tensor
@@ -54,7 +54,7 @@ class TeacherWindows:
 def held_windows(
     layout: Layout, frames: npt.NDArray[np.int64], num_windows: int
 ) -> npt.NDArray[np.int64]:
-    """Return the window that each frame of a track belongs to: the last that started by then."""
+    """Return the window that each frame of a track lies in: the last one that has started."""
     seconds = frames * (layout.hop_samples / layout.sample_rate_hz)
     window = np.floor(seconds / layout.window_hop_seconds + 1e-6).astype(np.int64)
     clipped: npt.NDArray[np.int64] = np.clip(window, 0, num_windows - 1)
@@ -63,14 +63,14 @@ def held_windows(
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """Standardises a teacher's embeddings: mean and inverse standard deviation, float32 [dim]."""
+    """Mean and inverse standard deviation of a teacher's embeddings, float32 [dim]."""
 
     mean: npt.NDArray[np.float32]
     scale: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, statistics: Statistics, teacher_signal: str) -> Standard:
-        """Take those of the mixtures, or pool those of all stems.
+        """Return the statistics of the mixtures, or the pooled statistics of all stems.
 
         Raises
         ------
@@ -87,9 +87,9 @@ class Standard:
         share = count / count.sum()
         means, deviations = statistics.embedding_mean[used], statistics.embedding_std[used]
         mean = (share * means).sum(0)
-        # The variance of a union: that within its parts, and that between them.
+        # The variance of a union is the variance within its parts plus that between them.
         deviation = np.sqrt((share * (deviations**2 + (means - mean) ** 2)).sum(0))
-        # A dimension that never moves carries nothing: it becomes 0, not noise blown up.
+        # A dimension that never moves carries nothing: set it to 0 instead of amplifying noise.
         moves = deviation > 1e-6 * deviation.max()
         scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=moves)
         return cls(mean.astype(np.float32), scale.astype(np.float32))

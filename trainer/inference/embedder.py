@@ -1,6 +1,6 @@
 """The teacher's embeddings of an audio file, for models that need them to separate.
 
-The only place where the trainer calls the pipeline, and only if that is installed.
+This is the only place where the trainer calls the pipeline, and only if it is installed.
 """
 
 import importlib
@@ -22,19 +22,19 @@ Embed = Callable[[Path], NDArray[np.float32]]
 
 
 def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | None:
-    """Return what embeds a file for a model that needs it, else None.
+    """Return a function that embeds a file if the model needs it, else None.
 
     Parameters
     ----------
     separator : TrackSeparator
         The model.
     teacher : str or None
-        Where the teacher is; None takes the one that the shards were made with.
+        Handle of the teacher; None for the handle that the shards were made with.
 
     Raises
     ------
     InferenceError
-        If the pipeline is not installed, the teacher is another one, or none is needed.
+        If the pipeline is not installed, the teacher is another one, or the model needs none.
     """
     layout = separator.layout
     if not separator.needs_teacher:
@@ -80,16 +80,16 @@ def embed_blocks(
     Parameters
     ----------
     teacher : callable
-        float32 [sample] -> float32 [window, dim].
+        Maps float32 [sample] to float32 [window, dim].
     blocks : iterable of ndarray
-        float32 [channel, sample] at the teacher's rate.
+        Waveform at the teacher's rate, float32 [channel, sample].
     window_samples, hop_samples : int
-        Of the teacher.
+        Window and hop of the teacher.
 
     Returns
     -------
     ndarray
-        float32 [window, dim], of every window that lies inside the waveform.
+        Embedding of every window that lies inside the waveform, float32 [window, dim].
     """
     step = _WINDOWS_AT_A_TIME * hop_samples
     enough = step - hop_samples + window_samples

@@ -32,18 +32,19 @@ class TrackSeparator:
     Parameters
     ----------
     path : Path
-        The checkpoint.
+        Checkpoint of the model.
     device : torch.device
         Where to compute.
     wiener : bool
         Refine the estimates by one EM iteration of the multichannel Wiener filter (norbert).
     chunk_seconds : float
-        Length of a chunk. Neighbours overlap by `OVERLAP_SECONDS`: in its first and last second
-        a chunk is not heard, since the BLSTM lacks context there, and between it is cross-faded.
+        Length of a chunk. Neighbours overlap by `OVERLAP_SECONDS`. The first and the last second of
+        a chunk are not used, since the network lacks context there; in between, neighbours are
+        cross-faded.
 
     Raises
     ------
-    ValueError
+    CheckpointError, InferenceError
         If the checkpoint cannot be used, chunks are too short, or norbert is missing.
     """
 
@@ -68,7 +69,7 @@ class TrackSeparator:
             raise InferenceError(
                 f"chunks of {chunk_seconds:g} s: expected at least {2 * OVERLAP_SECONDS:g} s"
             )
-        # Whole hops, so that the frames of all chunks are frames of one transform.
+        # Chunks start at whole hops, so that their frames are frames of one transform.
         self._chunk, self._overlap = (
             round(seconds * self.layout.sample_rate_hz / self.layout.hop_samples)
             * self.layout.hop_samples
@@ -77,7 +78,7 @@ class TrackSeparator:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the estimates, in their order."""
+        """Names of the sources, in the order of the estimates."""
         return self.layout.sources
 
     def separate(
@@ -90,15 +91,15 @@ class TrackSeparator:
         Parameters
         ----------
         blocks : iterable of ndarray
-            float32 [channel, sample], of any lengths, at the model's rate.
+            Waveform at the model's rate, float32 [channel, sample] of any lengths.
         embeddings : ndarray, optional
-            The teacher's embedding of each window of the whole waveform, float32 [window, dim];
-            for a model that `needs_teacher`.
+            The teacher's embedding of each window of the whole waveform, float32 [window, dim], for
+            a model that `needs_teacher`.
 
         Yields
         ------
         ndarray
-            float32 [source, channel, sample]; together as long as the waveform.
+            Estimates, float32 [source, channel, sample]; together as long as the waveform.
 
         Raises
         ------
@@ -129,7 +130,7 @@ class TrackSeparator:
     def _cut(
         self, blocks: Iterable[NDArray[np.float32]], step: int
     ) -> Iterator[tuple[NDArray[np.float32], bool]]:
-        """Cut blocks into chunks; the last one is half to one and a half as long as the others."""
+        """Yield chunks, and whether each is the last; the last is 0.5 to 1.5 times as long."""
         buffer = np.zeros((self.layout.num_channels, 0), np.float32)
         pending: list[NDArray[np.float32]] = []
         num_pending = 0
@@ -148,7 +149,7 @@ class TrackSeparator:
         self, chunk: NDArray[np.float32], start: int, embeddings: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         num_samples = chunk.shape[1]
-        # The transform reflects half a window at both ends.
+        # The transform reflects half a window at both ends, which a short chunk does not have.
         padding = max(0, self.layout.n_fft - num_samples)
         waveform_BCT = torch.from_numpy(np.pad(chunk, ((0, 0), (0, padding))))[None]
         mixture_NBCF = analyse(
@@ -222,12 +223,12 @@ def _import_norbert() -> Any:
 
 
 def list_audio(path: Path) -> list[Path]:
-    """Return the audio file, or those in a folder.
+    """Return an audio file, or all those in a folder.
 
     Raises
     ------
     InferenceError
-        If there is none, or two would be written into one folder.
+        If there is no audio file, or two would be written into one folder.
     """
     if not path.exists():
         raise InferenceError(f"{path}: no such file or folder")
@@ -246,12 +247,12 @@ def list_audio(path: Path) -> list[Path]:
 
 
 def choose_targets(sources: Sequence[str], targets: str | None) -> tuple[str, ...]:
-    """Return the sources named in a comma-separated list, all if there is none.
+    """Return the sources named in a comma-separated list; all without a list.
 
     Raises
     ------
     InferenceError
-        For a name that the model does not have.
+        If the model does not have a source.
     """
     chosen = tuple(sources) if targets is None else tuple(targets.replace(" ", "").split(","))
     if unknown := [name for name in chosen if name not in sources]:
@@ -275,24 +276,23 @@ def separate_file(
     ----------
     separator : TrackSeparator
         The model.
-    path : Path
-        Audio file.
-    folder : Path
-        Made if needed.
+    path, folder : Path
+        Audio file to read, and folder to write to.
     targets : sequence of str
         Sources to write.
     embeddings : ndarray or None
-        The teacher's of the file, float32 [window, dim], for a model that `needs_teacher`.
+        The teacher's embeddings of the file, float32 [window, dim], for a model that
+        `needs_teacher`.
 
     Returns
     -------
     float
-        Seconds of audio.
+        Length of the audio in seconds.
 
     Raises
     ------
-    ValueError
-        If the file cannot be read or separated, or the folder not be written.
+    AudioError, InferenceError
+        If the file cannot be read or separated, or the folder cannot be written.
     """
     layout = separator.layout
     rate_hz, num_channels = layout.sample_rate_hz, layout.num_channels

@@ -1,4 +1,4 @@
-"""The separation loss of X-UMX over all combinations of sources, in one pass over the data.
+"""Losses of X-UMX over all combinations of sources, in one pass over the data.
 
 Sawata et al., "All for one and one for all: improving music separation by bridging networks",
 ICASSP 2021: a magnitude and a time-domain term (multi-domain loss), each averaged over all
@@ -146,7 +146,7 @@ def _weighted_sdr(gram_BCGG: Tensor, table_KS: Tensor) -> Tensor:
     """Compute the weighted SDR of each combination from {estimates, references, mixture}."""
     none_KS = torch.zeros_like(table_KS)
     none_K1, mixture_K1 = none_KS[:, :1], torch.ones_like(none_KS[:, :1])
-    # Each combination's four signals as coefficients of the Gram matrix's signals.
+    # Four signals for each combination, as coefficients of the signals of the Gram matrix.
     signals_K4G = torch.stack(
         [
             torch.cat([table_KS, none_KS, none_K1], dim=1),  # estimate
@@ -157,7 +157,7 @@ def _weighted_sdr(gram_BCGG: Tensor, table_KS: Tensor) -> Tensor:
         dim=1,
     )
     products_BCK44 = signals_K4G @ gram_BCGG.unsqueeze(2) @ signals_K4G.mT
-    # Rounding can turn the energy of silence negative.
+    # Rounding can make the energy of silence negative.
     energies_BCK4 = products_BCK44.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     norms_BCK4 = (energies_BCK4 + EPSILON).sqrt()
 

@@ -1,4 +1,4 @@
-"""How long training takes, and how long the device waits for data."""
+"""Measure how long training takes, and how long the device waits for data."""
 
 import time
 from collections.abc import Iterator
@@ -8,16 +8,11 @@ import torch
 
 
 class WaitClock:
-    """Measures each step, and the wait for its batch as the device sees it.
+    """Measure each batch, and how long the device waits for it.
 
-    On a GPU the wait lies between two CUDA events: one behind all work of the step before, one
-    where the batch has arrived. What the host does in that time while the GPU still computes is no
-    wait. On a processor it is the time that reading the batch blocks.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where training computes.
+    On a GPU the wait lies between two CUDA events: one after all work on the last batch, one when
+    this batch has arrived. Work that the host does while the GPU still computes is no wait. On a
+    CPU the wait is the time that reading the batch blocks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +23,7 @@ class WaitClock:
         self.start()
 
     def start(self) -> None:
-        """Begin a step."""
+        """Begin a batch."""
         self._began = time.perf_counter()
 
     @contextmanager
@@ -43,9 +38,9 @@ class WaitClock:
         self._waited = time.perf_counter() - began
 
     def lap(self) -> tuple[float, float]:
-        """Return the seconds of this step, and those its batch was waited for.
+        """Return the seconds since `start`, and the seconds of them spent waiting.
 
-        The device must have got as far as the batch: a step reads back its loss.
+        The device must have received the batch; it has when its loss has been read back.
         """
         if self._events:
             self._waited = self._events[0].elapsed_time(self._events[1]) / 1000
