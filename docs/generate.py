@@ -34,19 +34,22 @@ _WIDTH = 100
 _CLI_HEAD = """\
 # Command line
 
-This page is generated from `--help`; do not edit it. `make docs` writes it again.
+This page is generated from `--help`. Do not edit it; `make docs` regenerates it.
 
-What all commands have in common:
+All commands have this in common:
 
-* Results and progress go to standard output, what went wrong goes to standard error. A progress bar
-  goes to standard error.
-* An expected failure is one line. A traceback is a bug: please report it.
+* Results and progress lines go to standard output. Errors, warnings and progress bars go to standard
+  error.
+* An expected failure is reported in one line.
+* A bug in flsep is reported with a traceback, the versions of the packages, and exit status 70. Please
+  report it in the project's issue tracker, with everything that the command printed.
 
 | exit status | meaning |
 |---|---|
-| 0 | all is done |
-| 1 | an expected failure; or some tracks or files failed, are named, and the others are done |
-| 2 | wrong usage: an unknown option, a value that it cannot have |
+| 0 | everything is done |
+| 1 | an expected failure; or some tracks or files failed and are named, and the others are done |
+| 2 | wrong usage: an unknown option, or a value that an option cannot have |
+| 70 | a bug in flsep; please report it |
 | 130 | stopped by Ctrl-C (SIGINT) |
 | 138, 143 | `flsep-train fit` was stopped by SIGUSR1 or SIGTERM and has saved its state |
 """
@@ -54,19 +57,19 @@ What all commands have in common:
 _CONFIG_HEAD = """\
 # Configuration
 
-This page is generated from the code; do not edit it. `make docs` writes it again.
+This page is generated from the code. Do not edit it; `make docs` regenerates it.
 
 ## Training
 
 `flsep-train fit` starts from a recipe, applies its named options and then `--set
-section.field=value`, which may be repeated and beats the options. Values are checked against the
-types below; an unknown section or field is refused, and the message names the nearest. The resolved
-configuration is stored in `config.json` of the run folder and in every checkpoint.
+section.field=value`, which may be repeated and takes precedence over the options. Values are checked
+against the types below. An unknown section or field is refused, and the message suggests the nearest
+name. The resolved configuration is stored in `config.json` of the run folder and in every checkpoint.
 
-The sections `separator` and `loss` have the fields of the chosen separator (`separator.name`),
-and the section `approach` has those of the chosen approach; other fields are refused.
+The sections `separator` and `loss` have the fields of the chosen separator (`separator.name`), and
+the section `approach` has those of the chosen approach. Other fields are refused.
 
-| option of `fit` | is the same as `--set` of |
+| option of `fit` | same as `--set` of |
 |---|---|
 | `--approach` | `approach.name` |
 | `--mixing` | `data.mixing` |
@@ -80,10 +83,11 @@ and the section `approach` has those of the chosen approach; other fields are re
 _FEATURES_HEAD = """\
 ## Precomputation
 
-The settings of `flsep-precompute plan` and `run`. Together with the sources (`--sources`) and the
-teacher's content they make the fingerprint of the shards: a folder takes shards of one fingerprint
-only. What is not listed here does not change what the shards hold: `--shard-size`, `--workers`,
-`--adapt`, `--cluster`, `--part`, `--scheduler`, and the place that the teacher was loaded from.
+These are the settings of `flsep-precompute plan` and `run`. Together with the sources (`--sources`) and
+the content of the teacher they determine the fingerprint of the shards. A folder holds shards of one
+fingerprint only. All other options leave the content of the shards unchanged: `--shard-size`,
+`--workers`, `--adapt`, `--cluster`, `--part`, `--scheduler`, and the place that the teacher is loaded
+from.
 """
 
 

@@ -26,7 +26,9 @@ from flsep.trainer.settings import apply_settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted(
+    [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+)
 GENERATED = ("cli.md", "config.md")
 FORMAT = DOCS / "reference" / "shard-format.md"
 

@@ -1,25 +1,30 @@
 """Who may import what: read from the source, and seen in processes that import it."""
 
-import ast
 import configparser
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from import_graph import (
+    PACKAGES,
+    ROOT,
+    build_graph,
+    find_cycle,
+    find_imports,
+    find_longest_chain,
+    list_files,
+    name_module,
+    read_imports,
+)
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("cache", "pipeline", "trainer")
-SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 TENSORFLOW = {"tensorflow", "tensorflow_hub"}
 DASK = {"dask", "dask_jobqueue", "distributed"}
 SCORING = {"museval", "norbert", "stempeg"}
 HEAVY = {*TENSORFLOW, *DASK, *SCORING, "keras", "librosa", "scipy", "tensorboard", "torch"}
-# The one place where the trainer calls the pipeline, if it is installed.
-LAZY_PIPELINE = ("trainer/inference/embedder.py", "flsep.pipeline.teachers.teacher")
+# The only import of the pipeline in the trainer: inside a function, for use where it is installed.
+LAZY_PIPELINE = ("trainer/inference/embedder.py", "flsep.pipeline.teachers")
 # Names of distributions that differ from what is imported.
 DISTRIBUTIONS = {
     "tensorflow_hub": "tensorflow-hub",
@@ -31,64 +36,41 @@ EXTRAS = {
     "pipeline": ("pipeline", "cluster", "demo"),
     "trainer": ("trainer", "evaluate"),
 }
+# A room is a folder; `cli` and `recipes` are files that stand above rooms. A room may import the
+# rooms that are listed for it, what those may import, and the ground; nothing else. The diagram in
+# docs/architecture.md shows the same arrows.
+ROOMS = {
+    "pipeline": {
+        "cli": ("commands",),
+        "commands": ("shards", "mixes", "demo"),
+        "shards": ("corpus", "teachers", "execution"),
+        "mixes": ("teachers", "execution"),
+        "corpus": (),
+        "teachers": (),
+        "execution": (),
+        "demo": (),
+    },
+    "trainer": {
+        "cli": ("study", "training"),
+        "study": ("scoring",),
+        "scoring": ("inference",),
+        "training": ("recipes", "runs", "data"),
+        "inference": ("runs",),
+        "recipes": ("approaches",),
+        "runs": ("approaches",),
+        "approaches": ("separators",),
+        "separators": (),
+        "data": (),
+    },
+}
+# Files that all rooms of a package may import, and that import no room.
+GROUND = {
+    "pipeline": {"config", "features", "packages", "errors"},
+    "trainer": {"config", "registry", "parallel", "teacher", "stft", "errors"},
+}
 
-
-class Import(NamedTuple):
-    """One import in the source."""
-
-    file: str
-    module: str
-    at_top: bool
-
-    @property
-    def package(self) -> str:
-        return self.file.partition("/")[0]
-
-    @property
-    def root(self) -> str:
-        return self.module.partition(".")[0]
-
-
-def find_imports(source: str, file: str) -> Iterator[Import]:
-    """Yield what a module imports, also through importlib.import_module; not for typing alone."""
-    tree = ast.parse(source)
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    lazy = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
-        modules: list[str] = []
-        match node:
-            case ast.Import(names=names):
-                modules = [alias.name for alias in names]
-            case ast.ImportFrom(module=module, level=0) if module:
-                modules = [module]
-                if module == "flsep":
-                    modules = [f"flsep.{alias.name}" for alias in node.names]
-            case ast.ImportFrom():
-                modules = [f"{'.' * node.level}{node.module or ''}"]
-            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
-                if ast.unparse(function).endswith(("import_module", "__import__")):
-                    modules = [name]
-        yield from (Import(file, module, node not in lazy) for module in modules)
-
-
-IMPORTS = [
-    found
-    for path in SOURCES
-    for found in find_imports(path.read_text(), path.relative_to(ROOT).as_posix())
-]
+ALL_IMPORTS = read_imports()
+IMPORTS = [found for found in ALL_IMPORTS if found.kind != "typing"]
 
 
 def importers(*modules: str) -> set[str]:
@@ -109,16 +91,96 @@ def function():
     importlib.import_module(name)
 from . import i
 """
-    assert {(found.module, found.at_top) for found in find_imports(source, "x.py")} == {
-        ("a.b", True),
-        ("c", True),
-        ("d.e", True),
-        ("flsep.cache", True),
-        ("h", False),
-        ("flsep.pipeline.teachers.teacher", False),
-        (".", True),
+    assert {(found.module, found.kind) for found in find_imports(source, "x.py")} == {
+        ("a.b", "module"),
+        ("c", "module"),
+        ("d.e", "module"),
+        ("flsep.cache", "module"),
+        ("g", "typing"),
+        ("h", "function"),
+        ("flsep.pipeline.teachers.teacher", "function"),
+        (".", "module"),
     }
     assert {found.package for found in IMPORTS} == set(PACKAGES)
+
+
+def test_members_are_resolved_to_their_modules(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        (tmp_path / package / "room").mkdir(parents=True)
+    (tmp_path / "cache" / "reader.py").write_text("Shards = 1\n")
+    (tmp_path / "cache" / "__init__.py").write_text("from flsep.cache.reader import Shards\n")
+    lines = "from flsep.cache import Shards, reader\nfrom flsep.trainer.room import table\n"
+    (tmp_path / "trainer" / "cli.py").write_text(lines)
+    (tmp_path / "trainer" / "room" / "__init__.py").write_text("")
+    (tmp_path / "trainer" / "room" / "table.py").write_text("")
+    graph = build_graph(read_imports(tmp_path))
+    assert graph["flsep.trainer.cli"] == {
+        "flsep.cache",
+        "flsep.cache.reader",
+        "flsep.trainer.room.table",
+    }
+    assert graph["flsep.cache"] == {"flsep.cache.reader"}
+
+
+def test_levels_are_counted() -> None:
+    graph = {
+        "flsep.cache": {"flsep.cache.a"},
+        "flsep.cache.a": {"flsep.cache.b", "flsep.cache.d", "flsep.trainer.x"},
+        "flsep.cache.b": {"flsep.cache.c"},
+        "flsep.cache.c": {"flsep.cache.b", "flsep.cache.d"},
+        "flsep.trainer.x": {"flsep.cache.a"},
+    }
+    chain = find_longest_chain(graph, "cache")
+    names = ["flsep.cache", "flsep.cache.a", "flsep.cache.b", "flsep.cache.c", "flsep.cache.d"]
+    assert chain == [names[:1], names[1:2], names[2:4], names[4:]]
+    assert find_cycle(graph) != []
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_no_import_cycle() -> None:
+    # Imports inside functions and for typing count: a cycle hides just as well behind them.
+    assert find_cycle(build_graph(ALL_IMPORTS)) == []
+
+
+def name_room(module: str) -> tuple[str, str]:
+    """Return the package and the room of a module of flsep, or the file if it lies in no room."""
+    _, package, *rest = module.split(".")
+    return package, rest[0] if rest else "__init__"
+
+
+def list_rooms_below(package: str, room: str) -> set[str]:
+    """Return the rooms that a room may import."""
+    below: set[str] = set()
+    for lower in ROOMS[package][room]:
+        below |= {lower, *list_rooms_below(package, lower)}
+    return below
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_are_those_of_the_tree(package: str) -> None:
+    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    files = {path.stem for path in (ROOT / package).glob("*.py")}
+    assert set(ROOMS[package]) <= folders | files
+    assert folders | files <= {*ROOMS[package], *GROUND[package], "__init__"}
+    tested = {path.name for path in (ROOT / "tests" / package).iterdir() if path.is_dir()}
+    assert tested - {"__pycache__"} == folders, "tests/ mirrors the rooms"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_downward_only(package: str) -> None:
+    for found in ALL_IMPORTS:
+        if found.package != package or not found.module.startswith(f"flsep.{package}."):
+            continue
+        (_, room), (_, target) = name_room(found.importer), name_room(found.module)
+        allowed = set(GROUND[package])
+        if room in ROOMS[package]:
+            allowed |= {room, *list_rooms_below(package, room)}
+        assert target in allowed, f"{found.file} may not import {found.module}"
+
+
+def test_data_and_separators_do_not_meet() -> None:
+    for room, other in (("data", "separators"), ("separators", "data")):
+        assert other not in list_rooms_below("trainer", room)
 
 
 def test_imports_are_absolute() -> None:
@@ -129,17 +191,20 @@ def test_cache_imports_numpy_and_h5py_alone() -> None:
     allowed = {*sys.stdlib_module_names, "numpy", "h5py"}
     for found in IMPORTS:
         if found.package == "cache" and (found.file, found.root) != ("cache/commands.py", "click"):
-            assert found.module.startswith("flsep.cache.") or found.root in allowed, found
+            assert found.module.startswith("flsep.cache") or found.root in allowed, found
 
 
 def test_siblings_do_not_import_each_other() -> None:
     crossing = [
-        (found.file, found.module)
-        for found in IMPORTS
-        if found.root == "flsep" and found.module.split(".")[1] not in (found.package, "cache")
+        found
+        for found in ALL_IMPORTS
+        if found.root == "flsep" and name_room(found.module)[0] not in (found.package, "cache")
     ]
-    assert crossing == [LAZY_PIPELINE]
-    assert all(not found.at_top for found in IMPORTS if (found.file, found.module) == LAZY_PIPELINE)
+    file, room = LAZY_PIPELINE
+    for found in crossing:
+        assert (found.file, found.kind) == (file, "function"), found
+        assert found.module.startswith(f"{room}."), found
+    assert len(crossing) == 1
 
 
 def test_each_heavy_package_has_one_home() -> None:
@@ -153,7 +218,7 @@ def test_each_heavy_package_has_one_home() -> None:
 
 @pytest.mark.parametrize("module", sorted({*TENSORFLOW, *DASK, *SCORING, "librosa", "tensorboard"}))
 def test_imported_inside_functions_only(module: str) -> None:
-    assert [found for found in IMPORTS if found.root == module and found.at_top] == []
+    assert [found for found in IMPORTS if found.root == module and found.kind == "module"] == []
 
 
 def test_every_import_is_declared() -> None:
@@ -176,8 +241,7 @@ def test_every_import_is_declared() -> None:
 
 def list_modules(package: str) -> list[str]:
     """Return the full names of the modules of a package."""
-    paths = [path.relative_to(ROOT) for path in SOURCES if path.is_relative_to(ROOT / package)]
-    return [".".join(("flsep", *path.with_suffix("").parts)) for path in paths]
+    return [name_module(path) for path in list_files() if path.parts[0] == package]
 
 
 def loaded_by(code: str) -> set[str]:

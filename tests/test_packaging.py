@@ -1,6 +1,7 @@
 """A wheel built from the sdist holds everything and works outside the checkout."""
 
 import configparser
+import importlib.metadata
 import os
 import re
 import shutil
@@ -17,23 +18,31 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cache", "pipeline", "trainer")
 PROGRAMS = ("flsep-precompute", "flsep-train")
-LEFT_OUT = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "runs", "tests", "docs"
-)
 
 
-def run(*command: str | Path, folder: Path, **environment: str) -> str:
+def run(*command: str | Path, folder: Path, status: int = 0, **environment: str) -> str:
     """Run a command elsewhere than in the checkout; return what it prints."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if status == 0 else subprocess.STDOUT,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == status, done.stdout[-2000:] + (done.stderr or "")[-2000:]
     return done.stdout
+
+
+def copy_checkout(target: Path) -> Path:
+    """Copy the files of the checkout that git does not ignore, as a clone would have them."""
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=ROOT)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +50,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from it, with the environment's setuptools."""
     folder = tmp_path_factory.mktemp("build")
     # A copy: building leaves files behind, and the checkout may be in use.
-    shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
+    source = copy_checkout(folder / "source")
     command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist")
-    run(*command, folder / "source", folder=folder)
+    run(*command, source, folder=folder)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (wheel,) = (folder / "dist").glob("*.whl")
     return sdist, wheel
@@ -160,6 +169,17 @@ def test_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     assert [file for file in files if not Path(file).is_relative_to(installed)] == []
 
 
+def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import flsep, importlib, pkgutil\n"
+        "for found in pkgutil.walk_packages(flsep.__path__, 'flsep.'):\n"
+        "    print(importlib.import_module(found.name).__file__)"
+    )
+    files = run(sys.executable, "-c", code, folder=tmp_path, PYTHONPATH=str(installed)).splitlines()
+    relative = {Path(file).relative_to(installed).as_posix() for file in files}
+    assert relative == {name for name in list_sources() if name.endswith(".py")}
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_run_outside_the_checkout(
     installed: Path, tmp_path: Path, program: str, metadata: Message
@@ -169,3 +189,71 @@ def test_programs_run_outside_the_checkout(
     version = run(script, "--version", folder=tmp_path, **environment)
     assert version == f"{program}, version {metadata['Version']}\n"
     assert f"Usage: {program}" in run(script, "--help", folder=tmp_path, **environment)
+
+
+@pytest.fixture(scope="session")
+def bare(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment that holds the wheel and what it requires, no extra."""
+    folder = tmp_path_factory.mktemp("bare") / "env"
+    run(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder.parent)
+    # The requirements come from this environment, so that the test needs no network.
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in ("click", "h5py", "numpy"):
+        distribution = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            (site / part).symlink_to(Path(str(distribution.locate_file(part))).resolve())
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", built[1], folder=folder.parent)
+    return folder / "bin"
+
+
+def test_core_works_in_an_empty_environment(bare: Path, tmp_path: Path) -> None:
+    code = (
+        "import flsep.cache, importlib.util, pkgutil\n"
+        "for found in pkgutil.walk_packages(flsep.cache.__path__, 'flsep.cache.'):\n"
+        "    print(importlib.import_module(found.name).__name__)\n"
+        "print([n for n in ('torch', 'tensorflow', 'tqdm') if importlib.util.find_spec(n)])"
+    )
+    environment = {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
+    *modules, extras = run(bare / "python", "-c", code, folder=tmp_path, **environment).splitlines()
+    assert extras == "[]"
+    assert len(modules) == len(list((ROOT / "cache").glob("[a-z]*.py")))
+    for program in PROGRAMS:
+        assert f"Usage: {program}" in run(bare / program, "--help", folder=tmp_path, **environment)
+    command = (bare / "flsep-train", "fit", tmp_path, "--run", tmp_path / "run")
+    missing = run(*command, folder=tmp_path, status=1, **environment)
+    assert missing.startswith("Error: torch is not installed; run `pip install 'flsep[trainer")
+    assert missing.count("\n") == 1
+
+
+def test_packages_are_the_folders() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = setup["options"]["packages"].split()
+    folders = {
+        ".".join(("flsep", *path.parent.relative_to(ROOT).parts))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert listed == sorted(folders)
+    sources = {
+        f"flsep/{path.parent.relative_to(ROOT)}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {name.replace("/", ".") for name in sources} == folders, "a folder lacks __init__.py"
+
+
+def test_tests_pass_in_a_clone_named_flsep(tmp_path: Path) -> None:
+    clone = copy_checkout(tmp_path / "flsep")
+    # As in a real clone, the environment and every traceback in it lie below a folder `flsep`.
+    (clone / ".venv").symlink_to(sys.prefix)
+    (clone / "build" / "typing" / "flsep").mkdir(parents=True)
+    for package in PACKAGES:
+        (clone / "build" / "typing" / "flsep" / package).symlink_to(clone / package)
+    # torchrun prints a traceback of its own, in which every file has `flsep` in its path.
+    test = "tests/trainer/test_parallel.py::test_too_small_a_last_batch_is_refused"
+    command = (clone / ".venv" / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    environment = {"PYTHONPATH": str(clone / "build" / "typing")}
+    output = run(*command, test, folder=clone, **environment)
+    assert "1 passed" in output

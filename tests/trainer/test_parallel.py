@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import flsep.cache
+import flsep.trainer.config
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig, list_differences
 from flsep.trainer.parallel import BatchNorm, Part, count_ranks, gather_objects, gather_rows, joined
@@ -148,6 +151,20 @@ def together(
     return start
 
 
+def list_own_frames(errors: str) -> list[str]:
+    """Return the files of flsep in tracebacks; torchrun's own tracebacks name other files."""
+    folders = [Path(module.__file__).resolve().parent for module in (flsep.cache, flsep.trainer)]
+    files = [Path(name) for name in re.findall(r'File "([^"]+)", line', errors)]
+    return [str(file) for file in files if any(file.resolve().is_relative_to(f) for f in folders)]
+
+
+def test_own_frames_are_told_from_others() -> None:
+    others = f'  File "{torch.__file__}", line 1\n  File "/x/flsep/.venv/bin/torchrun", line 1\n'
+    assert list_own_frames(f"flsep: {others}") == []
+    own = flsep.trainer.config.__file__
+    assert list_own_frames(f'{others}  File "{own}", line 3, in fit') == [own]
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -174,8 +191,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(
     os.kill(int(workers[-1]), number)
     output, errors = process.communicate(timeout=120)
     assert message in errors
-    own = [line for line in errors.splitlines() if "flsep" in line]
-    assert not [line for line in own if "File " in line], errors  # no traceback of ours
+    assert list_own_frames(errors) == [], errors
     assert output.count("at most 100000 epochs on 2 x cpu") == 1  # the first one speaks for all
     epoch = load_checkpoint(last).epoch
     process = together("--resume", "--set", f"fit.epochs={epoch + 2}")
@@ -192,6 +208,7 @@ def test_too_small_a_last_batch_is_refused(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Error: the last batch of an epoch has 1 of its 9 excerpts, too few for 2" in errors
+    assert list_own_frames(errors) == [], errors
     assert not (tmp_path / "run").exists()
 
 
