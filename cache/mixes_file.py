@@ -7,8 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flsep.cache.errors import CacheError, DamagedDataError, FormatVersionError, MissingDataError
-from flsep.cache.files import TEMPORARY_SUFFIX, sync_folder
+from flsep.cache.files import write_bytes
 from flsep.cache.format import Dataset, canonical_json, fingerprint
 from flsep.cache.index import TrackRecord
 
@@ -224,21 +222,7 @@ def write_mixes(
         )
         for name, array in data.items():
             file.create_dataset(name, data=array, track_times=False)
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    )
-    try:
-        with open(temporary, "wb") as target:
-            target.write(image.getbuffer())
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, image.getbuffer())
 
 
 def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
