@@ -52,9 +52,13 @@ def test_two_writers_do_not_meet(path: Path) -> None:
 def test_an_exception_in_the_middle_leaves_the_old_file(
     path: Path, kind: type[BaseException]
 ) -> None:
-    with pytest.raises(kind, match="^middle$"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise kind("middle")
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise kind("middle")
+
+    with pytest.raises(kind, match=r"^middle$"):
+        write_half()
     assert_old_content(path)
 
 
