@@ -1,7 +1,7 @@
 """Where excerpts of tracks can start, and how random mixes of them are drawn.
 
-The trainer mixes as it reads; the offline stage renders mixes ahead. Both draw here, so that one
-seed gives one sequence of mixes.
+The trainer draws mixes while it reads, the pipeline draws them ahead of training. Both use this
+module, so that a seed gives the same mixes in both.
 """
 
 from collections.abc import Sequence
@@ -10,67 +10,80 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import MissingDataError
+from flsep.cache.errors import FieldError, MissingDataError
 from flsep.cache.format import Layout
 from flsep.cache.index import TrackRecord
 from flsep.cache.reader import Shards
 
+_MAX_EXCERPT_SECONDS = 86400
+
 
 class Grid:
-    """Excerpts of one length on the teacher's windows.
+    """Excerpts of one length that start where a teacher window starts.
 
     Parameters
     ----------
     layout : Layout
-        Of the data.
+        Description of the data.
     excerpt_seconds : float
-        Length of an excerpt; it has ``1 + round(excerpt_seconds * rate) // hop`` frames.
+        Length of an excerpt, which has ``1 + round(excerpt_seconds * rate) // hop`` frames.
 
     Attributes
     ----------
     num_frames : int
-        Of an excerpt.
+        STFT frames of an excerpt.
     num_windows : int
-        As many as can overlap an excerpt.
+        Largest number of teacher windows that overlap an excerpt.
+
+    Raises
+    ------
+    FieldError
+        If `excerpt_seconds` is not positive, or more than a day.
     """
 
     def __init__(self, layout: Layout, excerpt_seconds: float) -> None:
+        if not 0 < excerpt_seconds <= _MAX_EXCERPT_SECONDS:
+            raise FieldError(
+                f"excerpt_seconds is {excerpt_seconds:g}; expected more than 0 and at most "
+                f"{_MAX_EXCERPT_SECONDS}"
+            )
         self.layout, self.excerpt_seconds = layout, excerpt_seconds
         self.num_frames = layout.num_frames(round(excerpt_seconds * layout.sample_rate_hz))
-        self._frames_a_window = (
+        self._frames_per_hop = (
             layout.window_hop_seconds * layout.sample_rate_hz / layout.hop_samples
         )
-        self.num_windows = int(self.num_frames / self._frames_a_window) + 1
+        self.num_windows = int(self.num_frames / self._frames_per_hop) + 1
 
     def first_frame(self, window: int) -> int:
-        """Return the frame at which an excerpt starts that starts with a window."""
+        """Return the first frame of the excerpt that starts with a window."""
         return self.layout.window_frames(window)[0]
 
     def bounds(self, window: int) -> npt.NDArray[np.int64]:
-        """Return first and one-past-last frame of each window of an excerpt, int64 [window, 2].
+        """Return the first and one-past-last frame of each window of an excerpt.
 
-        Relative to the excerpt that starts with `window`, so that the first is 0; the distances
-        of the others differ by a frame between excerpts, as frames do not divide windows.
+        The result is int64 [window, 2], relative to the start of the excerpt that starts with
+        `window`. It differs by a frame between excerpts, since a hop between windows is not a
+        whole number of frames.
         """
         spans = [self.layout.window_frames(window + number) for number in range(self.num_windows)]
         return np.array(spans, np.int64) - np.int64(spans[0][0])
 
     @property
     def num_whole_windows(self) -> int:
-        """Windows that lie wholly inside an excerpt that starts with the track."""
+        """Number of windows that lie wholly inside the excerpt at the start of a track."""
         return int((self.bounds(0)[:, 1] <= self.num_frames).sum())
 
     def starts(self, track: TrackRecord) -> range:
-        """Return the windows at which a whole excerpt of a track can start."""
+        """Return the windows at which an excerpt can start and end before the track does."""
         last_frame = track.num_frames - self.num_frames
         if last_frame < 0:
             return range(0)
         return range(min(self.last_start(last_frame) + 1, track.num_windows))
 
     def last_start(self, frame: int) -> int:
-        """Return the last window whose first frame is not after a frame, 0 or more."""
-        # `first_frame` grows with the window: turn it round, and undo its rounding with itself.
-        window = int(frame / self._frames_a_window) + 1
+        """Return the last window whose first frame is not after `frame`, which is 0 or more."""
+        # Invert `first_frame`: guess by division, then step back while the guess starts too late.
+        window = int(frame / self._frames_per_hop) + 1
         while self.first_frame(window) > frame:
             window -= 1
         return window
@@ -83,7 +96,7 @@ class Grid:
         Raises
         ------
         MissingDataError
-            If there is no track, or none is long enough.
+            If there are no tracks, or none is long enough.
         """
         tracks = shards.tracks(split)
         if not tracks:
@@ -100,7 +113,7 @@ class Grid:
             raise MissingDataError(
                 f"{shards.folder}: no track of the split {split!r} can hold an excerpt of "
                 f"{self.excerpt_seconds:g} s; the longest, {longest.name!r}, has "
-                f"{longest.num_samples / self.layout.sample_rate_hz:.2f} s: use shorter ones "
+                f"{longest.num_samples / self.layout.sample_rate_hz:.2f} s: use shorter excerpts "
                 "(--seconds of flsep-precompute mixes, --set data.excerpt_seconds=... of "
                 "flsep-train)"
             )
@@ -108,16 +121,15 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What a teacher heard in an excerpt itself, in windows from its start on.
+class MixEmbedding:
+    """The teacher's output for a mix itself, in windows that start with the excerpt.
 
     Attributes
     ----------
-    embedding : ndarray
-        float32 [signal, window, dim]: of the mixture, then of the scaled sources, where the
-        teacher heard them.
-    activity_db : ndarray
-        float32 [signal, window], dBFS.
+    embedding : float32 [signal, window, dim]
+        Embeddings of the mixture, followed by those of the scaled sources if they were stored.
+    activity_db : float32 [signal, window]
+        Level of each window, dBFS.
     """
 
     embedding: npt.NDArray[np.float32]
@@ -126,24 +138,24 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One excerpt, as drawn.
+    """Recipe of one excerpt.
 
     Attributes
     ----------
     places : tuple of (TrackRecord, int)
-        Track and start window: one, of all signals, or one for each source.
+        Track and start window: one place for all signals, or one for each source.
     swaps : tuple of bool
-        Whether the channels are reversed, for each place.
+        Reverse the order of the channels, for each place.
     gains : tuple of float or None
-        For each source; None leaves the track's own mixture.
-    heard : Heard or None
-        None where the teacher's windows are those of the tracks.
+        Gain of each source; None stands for the track with its own mixture.
+    heard : MixEmbedding or None
+        The teacher's output for the mix; None stands for that of the tracks.
     """
 
     places: tuple[tuple[TrackRecord, int], ...]
     swaps: tuple[bool, ...]
     gains: tuple[float, ...] | None
-    heard: Heard | None = None
+    heard: MixEmbedding | None = None
 
 
 class RandomMixes:
@@ -152,17 +164,17 @@ class RandomMixes:
     Parameters
     ----------
     grid : Grid
-        Says where excerpts can start.
+        Positions at which excerpts can start.
     tracks : sequence of TrackRecord
-        Tracks that can hold an excerpt; their order counts.
+        Tracks that can hold an excerpt. Their order affects what is drawn.
     mixes_per_track : int
-        An epoch has this many mixes for each track.
+        Number of mixes per track in an epoch.
     min_gain, max_gain : float
-        Each source's gain is uniform between these.
+        Bounds of the uniform distribution of each source's gain.
     swap_probability : float
-        Of reversing the order of a source's channels.
+        Probability of reversing the order of a source's channels.
     seed : int
-        With the epoch and the index it decides a mix.
+        Seed that decides a mix together with its epoch and index.
     """
 
     def __init__(
@@ -188,7 +200,8 @@ class RandomMixes:
 
     def draw(self, epoch: int, index: int) -> Draw:
         """Draw one mix of an epoch."""
-        # 1 + index: with index 0 the entropy would be that of the shuffle of original excerpts.
+        # 1 + index, since (seed, epoch, 0) gives the same random numbers as (seed, epoch), which
+        # seeds the shuffle of original excerpts.
         rng = np.random.default_rng((self._seed, epoch, 1 + index))
         places = []
         for _ in range(self._num_sources):

@@ -1,4 +1,4 @@
-"""Failures that are expected: bad input, a damaged file, a machine that lacks something."""
+"""Expected failures: bad input, a damaged file, a machine that lacks something."""
 
 
 class FlsepError(ValueError):
@@ -7,6 +7,14 @@ class FlsepError(ValueError):
     The message says what was found, what was expected, where, and what to do about it. Any other
     exception except an `OSError` is a bug in flsep.
     """
+
+
+class FieldError(FlsepError):
+    """A field of a layout or configuration is missing, of another type, or out of range."""
+
+
+class NonFiniteDataError(FlsepError):
+    """Data to be stored contains NaN or infinity."""
 
 
 class CacheError(FlsepError):

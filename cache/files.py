@@ -1,52 +1,90 @@
-"""Write files so that they are complete or not there at all."""
+"""Write files atomically: a file is either complete or not there at all."""
 
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".part"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a new version of a file under a temporary path, then move it into place.
+
+    Leaving the context normally flushes the temporary file to the disk and renames it to `path`,
+    so that `path` always holds the old content or the new one. Leaving it by an exception keeps
+    the old content. The temporary file is removed in either case.
+
+    Parameters
+    ----------
+    path : Path
+        File to create or replace. Its folder exists.
+
+    Yields
+    ------
+    Path
+        Empty, hidden file in the same folder, to be overwritten in the context.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; `filename` is `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # the umask decides, even if a library made the file private
+        _sync(temporary, os.O_RDONLY)
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        # Users know the file by its final name. Errors of libraries have no number and a text of
+        # their own; an error about another file keeps its name.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+            del error.filename2
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a binary file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, with its line ends as they are."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; NaN and infinity raise ValueError."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(path, f"{text}\n")
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make renames in a folder survive a power failure."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left; nobody may be writing into the folder."""
+    """Remove the temporary files of killed writers; no writer may be active in the folder."""
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, sync it and rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)

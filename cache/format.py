@@ -1,16 +1,19 @@
 """The shard format: version, names, dtypes and axes of every dataset.
 
-``docs/reference/shard-format.md`` is the normative text; this module is its only
-implementation, used by the writer, the reader and the verifier alike.
+``docs/reference/shard-format.md`` is the normative text. Writer, reader and verifier all use this
+implementation.
 """
 
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from flsep.cache.errors import FieldError, FormatVersionError
 
 FORMAT_NAME = "flsep-shard"
 FORMAT_VERSION = 1
@@ -18,25 +21,25 @@ INDEX_NAME = "index.json"
 MIXTURE = "mixture"
 SPLITS = ("train", "valid", "test")
 SILENCE_DB = -60.0
-"""Teacher windows below this RMS (dBFS) count as silent and enter no statistics."""
+"""Teacher windows with a lower RMS (dBFS) count as silent and are left out of statistics."""
 
 STFT_DTYPES = ("float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What the data in a folder of shards is: all that a reader has to know of it.
+    """Description of the data in a folder of shards: all that a reader has to know.
 
     Attributes
     ----------
     sample_rate_hz, num_channels : int
-        Of the audio and its spectra.
+        Sample rate and channels of the audio and its spectra.
     n_fft, hop_samples : int
-        Of the STFT (periodic Hann, centred, reflect-padded, not normalised).
+        Window and hop of the STFT (periodic Hann, centred, reflect-padded, not normalised).
     stft_dtype : {"float16", "float32"}
-        Of the stored real and imaginary parts.
+        Type of the stored real and imaginary parts.
     sources : tuple of str
-        Names of the sources; signal 0 is the mixture, signal ``1 + i`` is ``sources[i]``.
+        Names of the sources. Signal 0 is the mixture, signal ``1 + i`` is ``sources[i]``.
     teacher : str
         Handle of the teacher, as the user gave it.
     teacher_digest : str
@@ -44,7 +47,12 @@ class Layout:
     embedding_size : int
         Dimensions of an embedding.
     window_seconds, window_hop_seconds : float
-        Length of a teacher window, and the distance between two of them.
+        Length of a teacher window, and the hop from one window to the next.
+
+    Raises
+    ------
+    FieldError
+        If a value is out of range.
     """
 
     sample_rate_hz: int
@@ -61,19 +69,17 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.stft_dtype not in STFT_DTYPES:
-            raise ValueError(f"stft_dtype is {self.stft_dtype!r}; expected one of {STFT_DTYPES}")
+            raise FieldError(f"stft_dtype is {self.stft_dtype!r}; expected one of {STFT_DTYPES}")
         if len(set(self.sources)) != len(self.sources) or MIXTURE in self.sources:
-            raise ValueError(f"sources must be distinct and not named {MIXTURE!r}: {self.sources}")
+            raise FieldError(f"sources must be distinct and not named {MIXTURE!r}: {self.sources}")
         if not self.sources:
-            raise ValueError("there must be at least one source")
-        positive = ("sample_rate_hz", "num_channels", "n_fft", "hop_samples", "embedding_size")
-        for name in (*positive, "window_seconds", "window_hop_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+            raise FieldError("there must be at least one source")
+        counts = ("sample_rate_hz", "num_channels", "n_fft", "hop_samples", "embedding_size")
+        require_positive(self, *counts, "window_seconds", "window_hop_seconds")
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """The mixture, then the sources."""
+        """Names of the signals: the mixture, then the sources."""
         return (MIXTURE, *self.sources)
 
     @property
@@ -82,20 +88,20 @@ class Layout:
         return self.n_fft // 2 + 1
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of the centred STFT of `num_samples` samples."""
+        """Return the number of frames of the centred STFT of `num_samples` samples."""
         return 1 + num_samples // self.hop_samples
 
     def window_frames(self, window: int) -> tuple[int, int]:
-        """First and one-past-last STFT frame whose centre lies in a teacher window.
+        """Return the first and one-past-last STFT frame whose centre lies in a teacher window.
 
-        Frame ``n`` is centred on ``n * hop_samples / sample_rate_hz`` seconds, window ``w``
-        spans ``[w * window_hop_seconds, w * window_hop_seconds + window_seconds)``.
+        Frame ``n`` is centred on ``n * hop_samples / sample_rate_hz`` seconds. Window ``w`` spans
+        ``[w * window_hop_seconds, w * window_hop_seconds + window_seconds)``.
         """
-        frames_a_second = self.sample_rate_hz / self.hop_samples
+        frames_per_second = self.sample_rate_hz / self.hop_samples
         start = window * self.window_hop_seconds
         # The tolerance keeps a boundary that falls on a frame from moving with rounding errors.
-        first = math.ceil(start * frames_a_second - 1e-6)
-        last = math.ceil((start + self.window_seconds) * frames_a_second - 1e-6)
+        first = math.ceil(start * frames_per_second - 1e-6)
+        last = math.ceil((start + self.window_seconds) * frames_per_second - 1e-6)
         return first, last
 
     def to_json(self) -> dict[str, Any]:
@@ -103,26 +109,54 @@ class Layout:
         return {**asdict(self), "sources": list(self.sources)}
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes data comparable: all but the address that the teacher came from."""
+        """Return what makes data comparable: all fields except where the teacher came from."""
         return {name: value for name, value in self.to_json().items() if name != "teacher"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Layout":
-        """Rebuild a layout; raises ValueError when fields are missing or of another kind."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"layout has the fields {sorted(values)}; expected {sorted(names)}")
-        for field in fields(cls):
-            if field.type in (int, float, str) and not isinstance(values[field.name], field.type):
-                raise ValueError(f"layout field {field.name} is {values[field.name]!r}")
-        if not all(isinstance(name, str) for name in values["sources"]):
-            raise ValueError("layout field sources is no list of names")
-        return cls(**{**values, "sources": tuple(values["sources"])})
+        """Rebuild a layout; raises FieldError for missing fields and for other types."""
+        require_fields(cls, values)
+        sources = values["sources"]
+        if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
+            raise FieldError(f"Layout.sources is {sources!r}; expected a list of names")
+        return cls(**{**values, "sources": tuple(sources)})
+
+
+def require_fields(kind: type[Any], values: dict[str, Any]) -> None:
+    """Raise FieldError unless JSON values have a dataclass's fields and their plain types."""
+    types = {field.name: field.type for field in fields(kind)}
+    if set(values) != set(types):
+        raise FieldError(
+            f"{kind.__name__} has the fields {sorted(values)}; expected {sorted(types)}"
+        )
+    for name, expected in types.items():
+        plain = expected in (bool, int, float, str)
+        if plain and not isinstance(values[name], expected):  # type: ignore[arg-type]
+            raise FieldError(
+                f"{kind.__name__}.{name} is {values[name]!r}; expected {expected.__name__}"  # type: ignore[union-attr]
+            )
+
+
+def require_positive(values: object, *names: str) -> None:
+    """Raise FieldError unless the named attributes are positive and finite."""
+    for name in names:
+        value = getattr(values, name)
+        if not 0 < value < math.inf:
+            raise FieldError(f"{name} is {value}; expected a positive number")
+
+
+def require_version(path: Path, found: object, expected: int, command: str) -> None:
+    """Raise FormatVersionError unless a file has the version that this flsep reads."""
+    if found != expected:
+        raise FormatVersionError(
+            f"{path}: format version {found}, this flsep reads {expected}; use the flsep that "
+            f"wrote it, or run {command} again into a new folder"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One dataset of a track: its dtype and shape. Each entry of axis 0 has its own digest."""
+    """Type and shape of one dataset of a track; each entry of axis 0 has its own digest."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -174,10 +208,10 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of JSON values, in hexadecimal."""
+    """Return the SHA-256 of JSON values in canonical form, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def group_name(number: int) -> str:
-    """Name of a track's HDF5 group; its own name is an attribute, never a path."""
+    """Return the name of a track's HDF5 group; the track's own name is never a path."""
     return f"track-{number:05d}"

@@ -1,6 +1,5 @@
-"""The index of a folder of shards: tracks, digests, corpus statistics; written last."""
+"""The index of a folder of shards: tracks, digests, corpus statistics."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import CacheError, DamagedDataError, FormatVersionError, MissingDataError
-from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, Layout, fingerprint
+from flsep.cache.errors import DamagedDataError, FieldError
+from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, Layout
+from flsep.cache.sealed import read_sealed
 
 INDEX_FORMAT = "flsep-index"
 
 
 @dataclass(frozen=True, slots=True)
 class TrackRecord:
-    """One track: where it lies and how long it is."""
+    """Location and length of one track."""
 
     name: str
     split: str
@@ -36,11 +36,13 @@ class Statistics:
     Attributes
     ----------
     magnitude_mean, magnitude_std : float64 [bin]
-        Of the mixture's magnitude, averaged over channels, frames as samples.
+        Mean and standard deviation over all frames of the mixture's magnitude, which is the mean
+        of the channels' magnitudes.
     embedding_mean, embedding_std : float64 [signal, dim]
-        Of the teacher's embeddings, over the windows that are not silent.
+        Mean and standard deviation of the teacher's embeddings over all windows that are not
+        silent.
     num_windows : int64 [signal]
-        How many windows that is.
+        Number of these windows.
     """
 
     magnitude_mean: npt.NDArray[np.float64]
@@ -52,7 +54,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Everything known of a folder of shards without opening one."""
+    """Everything known about a folder of shards without opening a shard."""
 
     layout: Layout
     config: dict[str, Any]
@@ -71,45 +73,35 @@ def read_index(folder: Path) -> Index:
     MissingDataError
         If the folder or its index does not exist.
     FormatVersionError
-        If it is of another version of the format.
+        If the index has another version of the format.
     DamagedDataError
-        If it is no index, or was altered.
+        If the file is no index, or was altered.
     """
     path = folder / INDEX_NAME
-    if not folder.is_dir():
-        raise MissingDataError(f"{folder}: no such folder; expected the output of flsep-precompute")
-    if not path.is_file():
-        raise MissingDataError(
-            f"{path}: no index; flsep-precompute run writes it last, run it again to finish"
-        )
-    remedy = "run flsep-precompute again to renew it"
+    content = read_sealed(
+        path, format_name=INDEX_FORMAT, version=FORMAT_VERSION, command="flsep-precompute"
+    )
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != INDEX_FORMAT:
-            raise DamagedDataError(f"{path}: no {INDEX_FORMAT}; {remedy}")
-        if content["version"] != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{path}: format version {content['version']}, this flsep reads {FORMAT_VERSION}; "
-                "use the flsep that wrote it, or precompute again"
-            )
-        if content.pop("sha256") != fingerprint(content):
-            raise DamagedDataError(f"{path}: altered, its digest does not hold; {remedy}")
-        for name in content["shards"]:
-            if Path(name).name != name:
-                raise DamagedDataError(f"{path}: names {name!r}, no file of its folder; {remedy}")
-        statistics = content["statistics"]
-        return Index(
-            layout=Layout.from_json(content["layout"]),
-            config=content["config"],
-            packages=content["packages"],
-            fingerprint=content["fingerprint"],
-            shard_bytes=content["shards"],
-            tracks=tuple(TrackRecord(**track) for track in content["tracks"]),
-            statistics=None
-            if statistics is None
-            else Statistics(**{key: np.array(value) for key, value in statistics.items()}),
-        )
-    except CacheError:
-        raise
+        return _parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedDataError(f"{path}: not readable as an index ({error}); {remedy}") from error
+        raise DamagedDataError(
+            f"{path}: not readable as an index ({error}); run flsep-precompute again to renew it"
+        ) from error
+
+
+def _parse(content: dict[str, Any]) -> Index:
+    for name in content["shards"]:
+        if Path(name).name != name:
+            raise FieldError(f"shard {name!r} is not a file name in this folder")
+    statistics = content["statistics"]
+    return Index(
+        layout=Layout.from_json(content["layout"]),
+        config=content["config"],
+        packages=content["packages"],
+        fingerprint=content["fingerprint"],
+        shard_bytes=content["shards"],
+        tracks=tuple(TrackRecord(**track) for track in content["tracks"]),
+        statistics=None
+        if statistics is None
+        else Statistics(**{key: np.array(value) for key, value in statistics.items()}),
+    )

@@ -1,4 +1,4 @@
-"""Build the index of a folder of shards from the shards."""
+"""Build and write the index of a folder of shards."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,25 +10,25 @@ import numpy as np
 import numpy.typing as npt
 
 from flsep.cache.errors import MismatchError, MissingDataError
-from flsep.cache.files import write_json
-from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, SILENCE_DB, fingerprint
+from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, SILENCE_DB
 from flsep.cache.index import INDEX_FORMAT, Index, Statistics, TrackRecord
-from flsep.cache.reader import ShardFile
+from flsep.cache.sealed import write_sealed
+from flsep.cache.shard_file import ShardFile
 
 
 def build_index(shards: Iterable[ShardFile]) -> Index:
-    """Collect the index of opened shards; the order of the shards does not matter.
+    """Build the index of opened shards; the order of the shards does not matter.
 
     Raises
     ------
     MismatchError
         If two shards come from different configurations or hold the same track.
     MissingDataError
-        If there is no shard.
+        If there are no shards.
     """
     files = sorted(shards, key=lambda shard: shard.path.name)
     if not files:
-        raise MissingDataError("there is no shard to index")
+        raise MissingDataError("there are no shards to index")
     tracks: list[TrackRecord] = []
     for shard in files:
         if shard.fingerprint != files[0].fingerprint:
@@ -50,6 +50,7 @@ def build_index(shards: Iterable[ShardFile]) -> Index:
                     digest=track.digest,
                 )
             )
+    # Names identify tracks, in evaluations too, so they must differ across shards.
     counts = Counter(track.name for track in tracks)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise MismatchError(f"{files[0].path.parent}: tracks stored twice: {twice[:3]}")
@@ -65,7 +66,7 @@ def build_index(shards: Iterable[ShardFile]) -> Index:
 
 
 def _merge_statistics(files: list[ShardFile]) -> Statistics | None:
-    """Add up the moments that the shards carry, in the order of the shards."""
+    """Add up the moments that the shards carry; the order of the sums makes them reproducible."""
     layout = files[0].layout
     num_signals = len(layout.signals)
     num_frames = 0
@@ -86,7 +87,7 @@ def _merge_statistics(files: list[ShardFile]) -> Statistics | None:
     if num_frames == 0:
         return None
     magnitude_mean, magnitude_std = _mean_and_std(magnitude[0], magnitude[1], num_frames)
-    count = np.maximum(num_windows, 1)[:, None]
+    count = np.maximum(num_windows, 1)[:, None]  # a signal may be silent throughout
     embedding_mean, embedding_std = _mean_and_std(embedding[:, 0], embedding[:, 1], count)
     return Statistics(magnitude_mean, magnitude_std, embedding_mean, embedding_std, num_windows)
 
@@ -97,11 +98,12 @@ def _mean_and_std(
     count: int | npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     mean = total / count
+    # Rounding can make the variance of constant data negative.
     return mean, np.sqrt(np.maximum(total_squares / count - mean**2, 0))
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write ``index.json`` atomically, with a digest of its own content."""
+    """Write ``index.json`` atomically, with a digest of its content."""
     statistics = index.statistics
     content: dict[str, Any] = {
         "format": INDEX_FORMAT,
@@ -116,4 +118,4 @@ def write_index(folder: Path, index: Index) -> None:
         if statistics is None
         else {field.name: getattr(statistics, field.name).tolist() for field in fields(statistics)},
     }
-    write_json(folder / INDEX_NAME, {**content, "sha256": fingerprint(content)})
+    write_sealed(folder / INDEX_NAME, content)

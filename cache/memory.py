@@ -1,4 +1,4 @@
-"""The memory that a machine, or the limits of a job, leave."""
+"""Free memory of the machine, within the limits of the job or container."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,16 @@ _ROOT = Path("/")
 
 
 def free_host_bytes(root: Path = _ROOT) -> int:
-    """Return the memory that this process can still take.
+    """Return the memory that this process can still allocate, in bytes.
 
-    That is what the machine has free, or what the limits of its control groups leave, if less:
-    those of a batch job or a container, version 1 or 2. Files in the page cache count as free, as
-    the kernel gives them up when memory is asked for.
+    This is the free memory of the machine or, if less, what the process's control groups (version
+    1 or 2: a batch job, a container) leave. Cached files count as free, because the kernel drops
+    them when memory is needed.
 
     Parameters
     ----------
     root : Path
-        Holds ``proc`` and ``sys``.
+        Folder with ``proc`` and ``sys``.
     """
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     machine = dict(line.split(":", 1) for line in lines)
@@ -26,14 +26,14 @@ def free_host_bytes(root: Path = _ROOT) -> int:
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
-    """Yield what each control group that the process is in, and each above it, leaves."""
+    """Yield the memory left in each of the process's control groups and their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:
+        if not controllers:  # version 2 has one hierarchy, without names of controllers
             top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             top = root / "sys/fs/cgroup/memory"
@@ -41,6 +41,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
         else:
             continue
         folder = top / path.strip("/")
+        # A limit of a parent holds for all groups below it.
         for group in (folder, *folder.parents):
             if group.is_relative_to(top):
                 yield from _left_in(group, *names)
@@ -51,7 +52,7 @@ def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
         most = (group / limit).read_text(encoding="ascii").strip()
         used = int((group / usage).read_text(encoding="ascii"))
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:  # a group above the container's own, or the root, which has no limit
+    except OSError:  # a group outside the container, or the root group, which has no limit
         return
     statistics = dict(line.split() for line in lines)
     cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))

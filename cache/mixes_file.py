@@ -1,4 +1,4 @@
-"""Files of rendered mixes: recipes that the offline stage drew, what the teacher heard in each.
+"""Files of rendered mixes: the recipe of each mix, and the teacher's embeddings of it.
 
 ``docs/reference/mixes-format.md`` is the normative text.
 """
@@ -7,10 +7,8 @@ import hashlib
 import io
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,22 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from flsep.cache.errors import CacheError, DamagedDataError, FormatVersionError, MissingDataError
-from flsep.cache.files import TEMPORARY_SUFFIX, sync_folder
-from flsep.cache.format import Dataset, canonical_json, fingerprint
+from flsep.cache.errors import (
+    DamagedDataError,
+    FieldError,
+    MissingDataError,
+    NonFiniteDataError,
+)
+from flsep.cache.files import write_bytes
+from flsep.cache.format import (
+    Dataset,
+    canonical_json,
+    fingerprint,
+    require_fields,
+    require_positive,
+    require_version,
+)
+from flsep.cache.hdf5 import is_hard_link, open_hdf5
 from flsep.cache.index import TrackRecord
 
 FORMAT_NAME = "flsep-mixes"
@@ -28,40 +39,44 @@ FORMAT_VERSION = 1
 EMBEDDING_DTYPES = ("float16", "float32")
 MIXES_PER_FILE = 1024
 
-REMEDY = "delete it and run flsep-precompute mixes again"
+COMMAND = "flsep-precompute mixes"
+REMEDY = f"delete it and run {COMMAND} again"
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixesConfig:
-    """What decides mixes, beside how many epochs of them there are.
+    """Configuration of rendered mixes: all that decides them, except the number of epochs.
 
     Attributes
     ----------
     shards : str
-        Fingerprint of the shards' configuration, which the teacher is part of.
+        Fingerprint of the shards' configuration, which includes the teacher.
     tracks : str
-        `digest_tracks` of the tracks that are mixed.
-    num_tracks : int
-        How many these are.
-    split : str
-        The split that they are of.
+        `digest_tracks` of the mixed tracks.
+    num_tracks, split : int, str
+        Number of these tracks, and the split that they belong to.
     num_sources : int
         Sources of a mix.
     seed : int
-        With epoch and index it decides a mix, as ``--mixing random`` does.
+        Seed that decides a mix together with its epoch and index.
     excerpt_seconds : float
         Length of a mix.
     excerpts_per_track : int
-        An epoch has this many mixes for each track.
+        Number of mixes per track in an epoch.
     min_gain, max_gain, swap_probability : float
         See `flsep.cache.RandomMixes`.
     with_stems : bool
-        Whether the teacher heard the scaled stems too.
+        Store embeddings of the scaled stems too.
     embedding_dtype : {"float16", "float32"}
-        Of the stored embeddings.
+        Type of the stored embeddings.
     num_windows, embedding_size : int
-        The teacher's windows in a mix, and its dimensions.
+        Teacher windows in a mix, and dimensions of an embedding.
+
+    Raises
+    ------
+    FieldError
+        If a value is out of range.
     """
 
     shards: str
@@ -82,25 +97,23 @@ class MixesConfig:
 
     def __post_init__(self) -> None:
         if self.embedding_dtype not in EMBEDDING_DTYPES:
-            raise ValueError(
+            raise FieldError(
                 f"embedding_dtype is {self.embedding_dtype!r}; expected one of {EMBEDDING_DTYPES}"
             )
         counts = ("num_tracks", "num_sources", "excerpts_per_track")
-        for name in (*counts, "excerpt_seconds", "num_windows", "embedding_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        require_positive(self, *counts, "excerpt_seconds", "num_windows", "embedding_size")
         if not 0 <= self.min_gain <= self.max_gain < math.inf:
-            raise ValueError(
+            raise FieldError(
                 f"gains from {self.min_gain} to {self.max_gain}: expected 0 <= least <= most"
             )
         if not 0 <= self.swap_probability <= 1:
-            raise ValueError(f"swap_probability is {self.swap_probability}; expected one in [0, 1]")
+            raise FieldError(f"swap_probability is {self.swap_probability}; expected one in [0, 1]")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+            raise FieldError(f"seed is {self.seed}; expected 0 or more")
 
     @property
     def num_mixes(self) -> int:
-        """Mixes of an epoch."""
+        """Number of mixes in an epoch."""
         return self.num_tracks * self.excerpts_per_track
 
     def files_of_epoch(self, epoch: int) -> dict[str, range]:
@@ -118,8 +131,8 @@ class MixesConfig:
         ============= ================= =============================================
         name          dtype             axes
         ============= ================= =============================================
-        ``track``     uint32            [mix, source], place among the mixed tracks
-        ``frame``     uint32            [mix, source], where the excerpt starts
+        ``track``     uint32            [mix, source], position among the mixed tracks
+        ``frame``     uint32            [mix, source], first frame of the excerpt
         ``gain``      float32           [mix, source]
         ``swap``      uint8             [mix, source], 1 where channels are reversed
         ``embedding`` float16 / float32 [mix, signal, window, dim]
@@ -144,7 +157,7 @@ class MixesConfig:
         return {name: Dataset(np.dtype(kind), shape) for name, (kind, shape) in kinds.items()}
 
     def num_bytes(self, num_mixes: int) -> int:
-        """Return what mixes take, but for the headers of files."""
+        """Return the size of the datasets of some mixes."""
         return sum(dataset.num_bytes for dataset in self.datasets(num_mixes).values())
 
     def to_json(self) -> dict[str, Any]:
@@ -153,18 +166,13 @@ class MixesConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "MixesConfig":
-        """Rebuild a configuration; raises ValueError when fields are missing or of another kind."""
-        kinds = {field.name: field.type for field in fields(cls)}
-        if set(values) != set(kinds):
-            raise ValueError(f"has the fields {sorted(values)}; expected {sorted(kinds)}")
-        for name, kind in kinds.items():
-            if not isinstance(values[name], kind):  # type: ignore[arg-type]
-                raise ValueError(f"field {name} is {values[name]!r}")
+        """Rebuild a configuration; raises FieldError for missing fields and for other types."""
+        require_fields(cls, values)
         return cls(**values)
 
 
 def digest_tracks(tracks: Sequence[TrackRecord]) -> str:
-    """Return a digest of tracks, in their order and to the last bit."""
+    """Return a digest of the names, the order and the content of tracks."""
     return fingerprint([[track.name, track.digest] for track in tracks])
 
 
@@ -175,37 +183,35 @@ def write_mixes(
     arrays: Mapping[str, npt.NDArray[Any]],
     packages: dict[str, str],
 ) -> None:
-    """Write one file, so that it is there completely or not at all.
+    """Write one file of mixes atomically.
 
     Parameters
     ----------
     path : Path
         One of `MixesConfig.files_of_epoch`.
-    config : MixesConfig
-        What decided the mixes.
-    epoch : int
-        Whose they are.
+    config, epoch : MixesConfig, int
+        Configuration and epoch of the mixes.
     arrays : mapping of str to ndarray
-        Those of `MixesConfig.datasets`.
+        Arrays with the names and shapes of `MixesConfig.datasets`; they are cast to the dtypes.
     packages : dict of str to str
-        Versions of the packages that made them.
+        Versions of the packages that made the mixes.
 
     Raises
     ------
-    ValueError
-        If an array does not fit, or holds NaN, infinity, or what its dtype cannot hold.
+    NonFiniteDataError
+        If an array holds NaN or infinity, or values too large for its dtype.
     OSError
-        If it cannot be written.
+        If the file cannot be written.
     """
     data: Arrays = {}
     for name, dataset in config.datasets(len(arrays["track"])).items():
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # too large for float16: infinity, refused below
             data[name] = np.ascontiguousarray(arrays[name], dataset.dtype)
         if data[name].shape != dataset.shape:
             raise ValueError(f"{name} is {data[name].shape}; expected {dataset.shape}")
         if dataset.dtype.kind == "f" and not np.isfinite(data[name]).all():
-            raise ValueError(f"{name} would hold NaN or infinity as {dataset.dtype}")
-    # HDF5 can crash where the disk is full: it is given memory to write to.
+            raise NonFiniteDataError(f"{name} would hold NaN or infinity as {dataset.dtype}")
+    # HDF5 can crash when the disk is full, so it writes to memory.
     access, creation = (h5py.h5p.create(k) for k in (h5py.h5p.FILE_ACCESS, h5py.h5p.FILE_CREATE))
     image = io.BytesIO()
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
@@ -224,21 +230,7 @@ def write_mixes(
         )
         for name, array in data.items():
             file.create_dataset(name, data=array, track_times=False)
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    )
-    try:
-        with open(temporary, "wb") as target:
-            target.write(image.getbuffer())
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, image.getbuffer())
 
 
 def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
@@ -250,22 +242,10 @@ def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MixesFile:
-    """One file, read completely and checked.
+    """One file of mixes, read completely and checked.
 
-    Attributes
-    ----------
-    config : MixesConfig
-        What decided the mixes.
-    epoch : int
-        Whose they are.
-    arrays : dict of str to ndarray
-        See `MixesConfig.datasets`.
-    packages : dict of str to str
-        Versions of the packages that made them.
-    sha256 : str
-        Digest of the configuration, the epoch and the arrays.
-    num_bytes : int
-        Size of the file.
+    `arrays` are those of `MixesConfig.datasets`, `sha256` is the digest of the configuration, the
+    epoch and the arrays, `num_bytes` the size of the file.
     """
 
     config: MixesConfig
@@ -282,9 +262,9 @@ class MixesFile:
         Raises
         ------
         MissingDataError
-            If there is none.
+            If there is no such file.
         FormatVersionError
-            If it is of another version of the format.
+            If the file has another version of the format.
         DamagedDataError
             If anything is not as the format prescribes.
         """
@@ -292,47 +272,36 @@ class MixesFile:
             content = path.read_bytes()
         except FileNotFoundError:
             raise MissingDataError(f"{path}: missing; run flsep-precompute mixes again") from None
-        try:
-            with h5py.File(io.BytesIO(content), "r") as file:
-                return cls._read(file, path, len(content))
-        except CacheError:
-            raise
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DamagedDataError(f"{path}: not readable as mixes ({reason}); {REMEDY}") from error
+        with open_hdf5(path, content=io.BytesIO(content), what="mixes", remedy=REMEDY) as file:
+            return cls._read(file, path, len(content))
 
     @classmethod
     def _read(cls, file: h5py.File, path: Path, num_bytes: int) -> "MixesFile":
+        def damaged(problem: str) -> DamagedDataError:
+            return DamagedDataError(f"{path}: not readable as mixes ({problem}); {REMEDY}")
+
         attributes = file.attrs
         if attributes["format"] != FORMAT_NAME:
-            raise DamagedDataError(f"{path}: an HDF5 file, but not of the format {FORMAT_NAME}")
-        require_version(path, int(attributes["version"]))
+            raise damaged(f"an HDF5 file, but not of the format {FORMAT_NAME}")
+        require_version(path, int(attributes["version"]), FORMAT_VERSION, COMMAND)
         config = MixesConfig.from_json(json.loads(attributes["config"]))
         epoch, sha256 = int(attributes["epoch"]), str(attributes["sha256"])
         num_mixes = len(file["track"])
         expected = config.datasets(num_mixes)
         if set(file) != set(expected):
-            raise ValueError(f"holds {sorted(file)[:8]}; expected {sorted(expected)}")
+            raise damaged(f"holds {sorted(file)[:8]}; expected {sorted(expected)}")
         arrays = {}
         for name, dataset in expected.items():
-            link, stored = file.get(name, getlink=True), file[name]
-            if not isinstance(link, h5py.HardLink) or stored.external or stored.is_virtual:
-                raise ValueError(f"{name} is not stored in this file")
+            stored = file[name]
+            if not is_hard_link(file, name) or stored.external or stored.is_virtual:
+                raise damaged(f"{name} is not stored in this file")
             if (stored.shape, stored.dtype) != (dataset.shape, dataset.dtype):
-                raise ValueError(f"{name} is {stored.dtype} {stored.shape}")
+                raise damaged(f"{name} is {stored.dtype} {stored.shape}")
+            # A few bytes can describe a huge dataset without data; it would fill the memory.
             if dataset.num_bytes > num_bytes:
-                raise ValueError(f"{name} is larger than the file")
+                raise damaged(f"{name} is larger than the file")
             arrays[name] = stored[()]
         if _digest(config, epoch, arrays) != sha256:
-            raise ValueError("its content does not have the digest it states")
+            raise damaged("its content does not have the digest it states")
         packages = json.loads(attributes["packages"])
         return cls(config, epoch, arrays, packages, sha256, num_bytes)
-
-
-def require_version(path: Path, version: int) -> None:
-    """Raise FormatVersionError for another version than this one."""
-    if version != FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: version {version} of the format, this flsep reads {FORMAT_VERSION}; use the "
-            "flsep that wrote it, or render the mixes again"
-        )

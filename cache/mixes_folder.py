@@ -1,6 +1,5 @@
 """A folder of rendered mixes: its index, and its mixes as excerpts of shards."""
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flsep.cache.draws import Draw, Grid, Heard
-from flsep.cache.errors import CacheError, DamagedDataError, MismatchError, MissingDataError
-from flsep.cache.files import write_json
-from flsep.cache.format import fingerprint
+from flsep.cache.draws import Draw, Grid, MixEmbedding
+from flsep.cache.errors import DamagedDataError, FieldError, MismatchError, MissingDataError
 from flsep.cache.index import TrackRecord
 from flsep.cache.mixes_file import (
+    COMMAND,
     FORMAT_NAME,
     FORMAT_VERSION,
     MIXES_PER_FILE,
@@ -22,9 +20,9 @@ from flsep.cache.mixes_file import (
     MixesConfig,
     MixesFile,
     digest_tracks,
-    require_version,
 )
 from flsep.cache.reader import Shards
+from flsep.cache.sealed import read_sealed, write_sealed
 
 INDEX_NAME = "mixes.json"
 
@@ -32,12 +30,12 @@ _FILES_IN_MEMORY = 4
 
 
 def holds_mixes(folder: Path) -> bool:
-    """Say whether a folder holds mixes, with their index or without, and not shards."""
+    """Return whether a folder holds mixes, finished or not, rather than shards."""
     return (folder / INDEX_NAME).exists() or next(folder.glob("epoch-*.h5"), None) is not None
 
 
 def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> None:
-    """Read all files of some epochs and write the index of them.
+    """Read all files of the first epochs and write their index.
 
     Raises
     ------
@@ -61,74 +59,62 @@ def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> Non
         "num_epochs": num_epochs,
         "files": files,
     }
-    write_json(folder / INDEX_NAME, {**content, "sha256": fingerprint(content)})
+    write_sealed(folder / INDEX_NAME, content)
 
 
 class Mixes:
-    """A folder of rendered mixes.
+    """A folder of rendered mixes with its index.
 
     Parameters
     ----------
     folder : path
-        Where ``flsep-precompute mixes`` wrote.
+        Output folder of ``flsep-precompute mixes``.
 
     Attributes
     ----------
-    config : MixesConfig
-        What decided them.
-    num_epochs : int
-        How many epochs there are.
+    config, num_epochs : MixesConfig, int
+        Configuration of the mixes, and how many epochs of them there are.
     packages : dict of str to str
-        Versions of the packages that made them.
+        Versions of the packages that made the mixes.
     num_bytes : dict of str to int
-        Sizes of the files.
+        Sizes of the files by name.
     digest : str
-        Of all of it.
+        Digest of the index, and so of all mixes.
 
     Raises
     ------
     MissingDataError
         If the folder or its index does not exist.
     FormatVersionError
-        If it is of another version of the format.
+        If the index has another version of the format.
     DamagedDataError
-        If it is no index, or was altered.
+        If the file is no index, or was altered.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / INDEX_NAME
-        if not self.folder.is_dir():
-            raise MissingDataError(
-                f"{folder}: no such folder; expected the output of flsep-precompute mixes"
-            )
-        if not path.is_file():
-            raise MissingDataError(
-                f"{path}: no index; flsep-precompute mixes writes it last, run it again to finish"
-            )
+        content = read_sealed(
+            path, format_name=FORMAT_NAME, version=FORMAT_VERSION, command=COMMAND
+        )
         try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != FORMAT_NAME:
-                raise ValueError(f"format {content['format']!r}")
-            require_version(path, content["version"])
-            self.digest = content.pop("sha256")
-            if self.digest != fingerprint(content):
-                raise ValueError("altered, its digest does not hold")
-            self.config = MixesConfig.from_json(content["config"])
-            self.num_epochs: int = content["num_epochs"]
-            self.packages: dict[str, str] = content["packages"]
-            self.num_bytes: dict[str, int] = {k: v["bytes"] for k, v in content["files"].items()}
-            self._digests = {name: file["sha256"] for name, file in content["files"].items()}
-            names = [n for e in range(self.num_epochs) for n in self.config.files_of_epoch(e)]
-            if names != list(self._digests) or not names:
-                raise ValueError("does not list the files of its epochs")
-        except CacheError:
-            raise
+            self._parse(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedDataError(
-                f"{path}: not readable as an index of mixes ({error}); {REMEDY}"
+                f"{path}: not readable as an index ({error}); run {COMMAND} again to renew it"
             ) from error
         self._load = lru_cache(_FILES_IN_MEMORY)(self._read)
+
+    def _parse(self, content: dict[str, Any]) -> None:
+        self.digest: str = content["sha256"]
+        self.config = MixesConfig.from_json(content["config"])
+        self.num_epochs: int = content["num_epochs"]
+        self.packages: dict[str, str] = content["packages"]
+        self.num_bytes: dict[str, int] = {k: v["bytes"] for k, v in content["files"].items()}
+        self._digests = {name: file["sha256"] for name, file in content["files"].items()}
+        names = [n for e in range(self.num_epochs) for n in self.config.files_of_epoch(e)]
+        if names != list(self._digests) or not names:
+            raise FieldError("does not list the files of its epochs")
 
     def _read(self, epoch: int, number: int) -> Arrays:
         name = list(self.config.files_of_epoch(epoch))[number]
@@ -145,7 +131,7 @@ class Mixes:
         return file
 
     def check_files(self) -> None:
-        """Refuse missing or truncated files, cheaply."""
+        """Raise CacheError if files are missing or have another size than the index says."""
         for name, expected in self.num_bytes.items():
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -162,7 +148,7 @@ class Mixes:
         Raises
         ------
         MismatchError
-            If they were rendered from other shards.
+            If the mixes were rendered from other shards.
         """
         config = self.config
         if config.shards != shards.index.fingerprint:
@@ -182,14 +168,14 @@ class Mixes:
         return RenderedMixes(self, grid, tracks)
 
     def mix(self, epoch: int, index: int) -> Arrays:
-        """Return the arrays of one mix; epochs beyond the last begin again with the first."""
+        """Return the arrays of one mix; after the last epoch the first one follows again."""
         number, place = divmod(index, MIXES_PER_FILE)
         arrays = self._load(epoch % self.num_epochs, number)
         return {name: array[place] for name, array in arrays.items()}
 
 
 class RenderedMixes:
-    """Rendered mixes as excerpts of shards; `Mixes.of` makes it."""
+    """Rendered mixes as excerpts of the shards that they were rendered from, see `Mixes.of`."""
 
     def __init__(self, mixes: Mixes, grid: Grid, tracks: Sequence[TrackRecord]) -> None:
         self.mixes = mixes
@@ -199,9 +185,10 @@ class RenderedMixes:
         return self.mixes.config.num_mixes
 
     def draw(self, epoch: int, index: int) -> Draw:
-        """Return one mix of an epoch, in 0, 1, ...; raises CacheError for damaged files."""
+        """Return one mix of an epoch; raises CacheError for damaged files."""
         mix = self.mixes.mix(epoch, index)
         places = []
+        # A file can be intact and still hold a recipe that these shards cannot follow.
         for number, frame in zip(mix["track"].tolist(), mix["frame"].tolist(), strict=True):
             window = self._grid.last_start(frame)
             track = self._tracks[number] if number < len(self._tracks) else None
@@ -219,5 +206,5 @@ class RenderedMixes:
             tuple(places),
             tuple(map(bool, mix["swap"])),
             tuple(mix["gain"].tolist()),
-            Heard(mix["embedding"].astype(np.float32), mix["activity"]),
+            MixEmbedding(mix["embedding"].astype(np.float32), mix["activity"]),
         )

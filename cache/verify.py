@@ -1,4 +1,4 @@
-"""Read shards again and compare every byte with its digest."""
+"""Read all files of a folder again and compare every byte with its digest."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from pathlib import Path
 from flsep.cache.errors import CacheError, DamagedDataError, MismatchError
 from flsep.cache.index import read_index
 from flsep.cache.mixes_folder import Mixes
-from flsep.cache.reader import ShardFile
+from flsep.cache.shard_file import ShardFile
 
 _OPEN_EACH = """
 import json, sys
@@ -28,18 +28,18 @@ for line in sys.stdin:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardVerdict:
-    """Result for one shard; `problem` is None when all is well."""
+class FileVerdict:
+    """Result of checking one file; `problem` is None for an intact file."""
 
     name: str
     num_bytes: int
     problem: str | None
 
 
-def verify_shards(folder: Path) -> Iterator[ShardVerdict]:
+def verify_shards(folder: Path) -> Iterator[FileVerdict]:
     """Check every shard that the index of `folder` lists, one verdict at a time.
 
-    HDF5 can crash on a file that was made to that end; a process of its own opens each one first.
+    HDF5 can crash on a manipulated file, so a child process opens each file first.
 
     Raises
     ------
@@ -50,10 +50,10 @@ def verify_shards(folder: Path) -> Iterator[ShardVerdict]:
     listed: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for track in index.tracks:
         listed[track.shard][track.position] = track.digest
-    with _Opener() as opener:
+    with _TrialProcess() as trial:
         for name, num_bytes in index.shard_bytes.items():
             try:
-                opener.try_open(folder / name)
+                trial.open(folder / name)
                 shard = ShardFile(folder / name)
                 stored = {place: track.digest for place, track in enumerate(shard.tracks)}
                 if shard.fingerprint != index.fingerprint or stored != listed[name]:
@@ -63,54 +63,9 @@ def verify_shards(folder: Path) -> Iterator[ShardVerdict]:
                     )
                 verify_shard(shard)
             except CacheError as error:
-                yield ShardVerdict(name, num_bytes, str(error))
+                yield FileVerdict(name, num_bytes, str(error))
             else:
-                yield ShardVerdict(name, num_bytes, None)
-
-
-def verify_mixes(mixes: Mixes) -> Iterator[ShardVerdict]:
-    """Check every file of a folder of mixes, one verdict at a time."""
-    with _Opener() as opener:
-        for name, num_bytes in mixes.num_bytes.items():
-            try:
-                opener.try_open(mixes.folder / name)
-                mixes.read_file(name)
-            except CacheError as error:
-                yield ShardVerdict(name, num_bytes, str(error))
-            else:
-                yield ShardVerdict(name, num_bytes, None)
-
-
-class _Opener:
-    """Opens shards in a process of its own, one after the other."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> "_Opener":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._process is not None:
-            self._process.communicate()
-            self._process = None
-
-    def try_open(self, path: Path) -> None:
-        """Raise DamagedDataError if the process dies of opening the file."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _OPEN_EACH], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(str(path.absolute())).encode() + b"\n")
-        self._process.stdin.flush()
-        if not self._process.stdout.readline():
-            self.__exit__()
-            raise DamagedDataError(
-                f"{path}: HDF5 crashes on it, it was altered; delete it and run flsep-precompute "
-                "again"
-            )
+                yield FileVerdict(name, num_bytes, None)
 
 
 def verify_shard(shard: ShardFile) -> None:
@@ -119,3 +74,48 @@ def verify_shard(shard: ShardFile) -> None:
         for name, stored in track.datasets.items():
             for entry in range(stored.dataset.shape[0]):
                 shard.read(position, name, entry, verify=True)
+
+
+def verify_mixes(mixes: Mixes) -> Iterator[FileVerdict]:
+    """Check every file of a folder of mixes, one verdict at a time."""
+    with _TrialProcess() as trial:
+        for name, num_bytes in mixes.num_bytes.items():
+            try:
+                trial.open(mixes.folder / name)
+                mixes.read_file(name)
+            except CacheError as error:
+                yield FileVerdict(name, num_bytes, str(error))
+            else:
+                yield FileVerdict(name, num_bytes, None)
+
+
+class _TrialProcess:
+    """A child process that opens one file after another, and is replaced when one kills it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "_TrialProcess":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def open(self, path: Path) -> None:
+        """Raise DamagedDataError if opening the file kills the process."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _OPEN_EACH], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(str(path.absolute())).encode() + b"\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():  # the end of its output: it died
+            self.__exit__()
+            raise DamagedDataError(
+                f"{path}: HDF5 crashes on this file, it was altered; delete it and run "
+                "flsep-precompute again"
+            )

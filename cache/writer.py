@@ -28,7 +28,7 @@ from flsep.cache.format import (
     group_name,
     track_datasets,
 )
-from flsep.cache.reader import ShardFile
+from flsep.cache.shard_file import ShardFile
 from flsep.cache.spool import Spool, reserve, write_at
 
 # Datasets start on a page, so that memory maps of them are aligned. (The format of HDF5 1.10 is

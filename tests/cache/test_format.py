@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flsep.cache import Layout
+from flsep.cache.errors import FieldError
 from flsep.cache.format import canonical_json, fingerprint, track_datasets
 
 
@@ -56,18 +57,29 @@ def test_layout_survives_json(layout: Layout) -> None:
         ({"sources": ()}, "at least one"),
         ({"hop_samples": 0}, "hop_samples is 0"),
         ({"window_seconds": float("nan")}, "window_seconds is nan"),
+        ({"window_hop_seconds": float("inf")}, "window_hop_seconds is inf"),
     ],
 )
 def test_impossible_layouts_are_refused(
     layout: Layout, change: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(FieldError, match=message):
         replace(layout, **change)
 
 
-@pytest.mark.parametrize("change", [{"n_fft": "64"}, {"extra": 1}, {"sources": [1]}])
-def test_malformed_layout_json_is_refused(layout: Layout, change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="layout"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_fft": "64"}, "Layout.n_fft is '64'; expected int"),
+        ({"extra": 1}, r"Layout has the fields \['embedding_size', 'extra', .*; expected \['emb"),
+        ({"sources": [1]}, r"Layout.sources is \[1\]; expected a list of names"),
+        ({"sources": "ab"}, "Layout.sources is 'ab'; expected a list of names"),
+    ],
+)
+def test_malformed_layout_json_is_refused(
+    layout: Layout, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(FieldError, match=message):
         Layout.from_json({**layout.to_json(), **change})
 
 

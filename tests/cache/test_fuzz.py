@@ -196,7 +196,7 @@ def test_verify_survives_what_crashes_hdf5(shard: Path, reader: Reader) -> None:
             shard.write_bytes(renew_checksums(damage(whole, [place], [("flip", 0, bit)])))
             if reader.read(shard) in CRASHES:
                 (verdict,) = verify_shards(shard.parent)
-                assert f"{shard}: HDF5 crashes on it, it was altered" in str(verdict.problem)
+                assert f"{shard}: HDF5 crashes on this file, it was altered" in str(verdict.problem)
                 return
     pytest.skip("this HDF5 does not crash")
 

@@ -29,7 +29,9 @@ from flsep.cache import (
 )
 from flsep.cache import mixes_file as mixes
 from flsep.cache import mixes_folder as rendered
-from flsep.cache.reader import ShardFile
+from flsep.cache.errors import FieldError, NonFiniteDataError
+from flsep.cache.sealed import write_sealed
+from flsep.cache.shard_file import ShardFile
 
 NUM_EXAMPLES = int(os.environ.get("FLSEP_FUZZ", 300))
 
@@ -124,7 +126,7 @@ def test_a_file_that_is_none(make: Callable[..., Path], shards: Shards, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.attrs.modify("version", 2), "version 2 of the format, this flsep re"),
+        (lambda file: file.attrs.modify("version", 2), "version 2, this flsep reads 1"),
         (lambda file: file.attrs.modify("epoch", 1), "does not have the digest it states"),
         (lambda file: file.__delitem__("gain"), "holds ['activity', 'embedding', 'frame', 'swa"),
         (lambda file: file.attrs.__delitem__("config"), "not readable as mixes"),
@@ -179,9 +181,7 @@ def test_recipes_that_no_shard_can_follow(make: Callable[..., Path], shards: Sha
         content = json.loads((folder / "mixes.json").read_text())
         del content["sha256"]
         content["files"][name]["sha256"] = MixesFile.read(folder / name).sha256
-        rendered.write_json(
-            folder / "mixes.json", {**content, "sha256": rendered.fingerprint(content)}
-        )
+        write_sealed(folder / "mixes.json", content)
         with pytest.raises(DamagedDataError, match="where no excerpt starts"):
             Mixes(folder).of(shards).draw(0, 0)
 
@@ -189,10 +189,10 @@ def test_recipes_that_no_shard_can_follow(make: Callable[..., Path], shards: Sha
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"version": 2}, FormatVersionError, "version 2 of the format, this flsep reads 1"),
-        ({"format": "x"}, DamagedDataError, "not readable as an index of mixes"),
+        ({"version": 2}, FormatVersionError, "version 2, this flsep reads 1"),
+        ({"format": "x"}, DamagedDataError, "its format is 'x', expected 'flsep-mixes'"),
         ({"num_epochs": 3}, DamagedDataError, "does not list the files of its epochs"),
-        ({"num_epochs": "3"}, DamagedDataError, "not readable as an index of mixes"),
+        ({"num_epochs": "3"}, DamagedDataError, "mixes.json: not readable as an index"),
         ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, DamagedDataError, "does not list"),
         ({"config": {}}, DamagedDataError, "has the fields"),
     ],
@@ -206,7 +206,7 @@ def test_altered_indexes_are_refused(
     with pytest.raises(CacheError, match=r"altered|version 2|format"):
         Mixes(path.parent)
     del content["sha256"]
-    path.write_text(json.dumps({**content, "sha256": rendered.fingerprint(content)}))
+    write_sealed(path, content)
     with pytest.raises(error, match=message):
         Mixes(path.parent)
 
@@ -219,21 +219,27 @@ def test_no_mixes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"embedding": np.full((6, 1, 2, 3), np.nan)}, "embedding would hold NaN or infinity as f"),
-        ({"embedding": np.zeros((6, 1, 2, 4))}, r"embedding is \(6, 1, 2, 4\); expected"),
-        ({"activity": np.full((6, 1, 2), -np.inf)}, "activity would hold NaN or infinity"),
-        ({"embedding": np.full((6, 1, 2, 3), 1e5)}, "embedding would hold NaN or infinity as f"),
+        ({"embedding": np.full((6, 1, 2, 3), np.nan)}, NonFiniteDataError, "embedding would hold"),
+        ({"activity": np.full((6, 1, 2), -np.inf)}, NonFiniteDataError, "activity would hold NaN"),
+        # too large for float16
+        ({"embedding": np.full((6, 1, 2, 3), 1e5)}, NonFiniteDataError, "NaN or infinity as float"),
+        # a bug of the caller
+        ({"embedding": np.zeros((6, 1, 2, 4))}, ValueError, r"embedding is \(6, 1, 2, 4\); exp"),
     ],
 )
 def test_what_is_not_written(
-    make: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+    make: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     folder = make(embedding_dtype="float16")
     config = Mixes(folder).config
     arrays = {**MixesFile.read(folder / "epoch-000000-0000000.h5").arrays, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         write_mixes(tmp_path / "new.h5", config, 0, arrays, {})
     assert not (tmp_path / "new.h5").exists()
 
@@ -244,6 +250,7 @@ def test_what_is_not_written(
         ("embedding_dtype", "float64"),
         ("num_tracks", 0),
         ("excerpt_seconds", -1.0),
+        ("excerpt_seconds", float("inf")),
         ("min_gain", 2.0),
         ("max_gain", float("inf")),
         ("swap_probability", 1.5),
@@ -253,7 +260,7 @@ def test_what_is_not_written(
 def test_configurations_that_make_no_sense(
     make: Callable[..., Path], name: str, value: Any
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected"):
+    with pytest.raises(FieldError, match=f"{name.partition('_')[2]}.* expected"):
         MixesConfig(**{**Mixes(make()).config.to_json(), name: value})
 
 

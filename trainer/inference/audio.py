@@ -1,6 +1,5 @@
 """Read any audio file block by block at a wanted rate, and write wav files that appear complete."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from flsep.cache.files import replacing
 from flsep.trainer.errors import AudioError
 
 if TYPE_CHECKING:
@@ -158,22 +158,22 @@ class WavWriters:
         except (ImportError, OSError) as error:
             raise AudioError(f"writing audio needs soundfile ({error}): {_INSTALL}") from error
         self._error = soundfile.LibsndfileError
-        self._stack = ExitStack()
-        self._paths: dict[Path, Path] = {}
-        self._files: list[Any] = []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._stack.callback(_remove_if_empty, folder)
-            for name in names:
-                part = folder / f".{name}.{os.getpid()}.part"
-                self._paths[part] = folder / f"{name}.wav"
-                self._stack.callback(part.unlink, missing_ok=True)
-                file = soundfile.SoundFile(
-                    part, "w", sample_rate_hz, num_channels, format="WAV", subtype="FLOAT"
-                )
-                self._files.append(self._stack.enter_context(file))
+            with ExitStack() as stack:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.callback(_remove_if_empty, folder)
+                paths = [stack.enter_context(replacing(folder / f"{name}.wav")) for name in names]
+                # The stack closes all files before it gives the first one its name.
+                self._files: list[Any] = [
+                    stack.enter_context(
+                        soundfile.SoundFile(
+                            path, "w", sample_rate_hz, num_channels, format="WAV", subtype="FLOAT"
+                        )
+                    )
+                    for path in paths
+                ]
+                self._stack = stack.pop_all()
         except (OSError, soundfile.LibsndfileError) as error:
-            self._stack.close()
             raise AudioError(f"cannot write into {folder} ({error})") from error
 
     def write(self, estimates: NDArray[np.float32]) -> None:
@@ -193,9 +193,4 @@ class WavWriters:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._stack:
-            if kind is None:
-                for file in self._files:
-                    file.close()
-                for part, path in self._paths.items():
-                    part.replace(path)
+        self._stack.__exit__(kind, error, trace)

@@ -10,7 +10,6 @@ Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flsep.cache import Layout, sync_folder
+from flsep.cache import Layout
+from flsep.cache.files import replacing
 from flsep.trainer.approaches.informed import InformedSeparator, build_model
 from flsep.trainer.approaches.interface import find_needs
 from flsep.trainer.config import TrainConfig, configure_approach
@@ -97,22 +97,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-        temporary.chmod(mode)  # save_file leaves it to its owner alone, whatever the umask
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}); what was there is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from flsep.cache import write_json
+from flsep.cache.files import TEMPORARY_SUFFIX, remove_leftovers, write_json, write_text
 from flsep.trainer.errors import RunError
 
 _PACKAGES = ("flsep", "torch", "numpy", "h5py", "safetensors")
@@ -72,11 +72,10 @@ class Run:
 
     def require_writable(self) -> None:
         """Raise RunError unless files can be made in the folder; remove what a kill left there."""
-        probe = self.folder / f".{os.getpid()}.part"
+        probe = self.folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
         try:
             probe.touch()
-            for path in self.folder.glob(".*.part"):
-                path.unlink()
+            remove_leftovers(self.folder)
         except OSError as error:
             raise self._unusable(error) from error
 
@@ -101,9 +100,7 @@ class Run:
         if not self.metrics.exists():
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        temporary = self.metrics.with_name(".metrics.jsonl.part")
-        temporary.write_text("".join(lines[:num_epochs]), encoding="utf-8")
-        temporary.replace(self.metrics)
+        write_text(self.metrics, "".join(lines[:num_epochs]))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Write one epoch's line."""

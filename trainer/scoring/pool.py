@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from flsep.cache.files import write_atomically
+from flsep.cache.files import write_text
 from flsep.trainer.errors import ScoringError
 from flsep.trainer.scoring.bsseval import prepare_museval, score_track
 from flsep.trainer.scoring.engine import Failure, TrackJob
@@ -138,7 +138,7 @@ def _score_job(job: TrackJob, path: Path) -> str | None:
                 name=job.name,
             )
         scores["fingerprint"] = job.fingerprint
-        write_atomically(path, json.dumps(scores, indent=2) + "\n")
+        write_text(path, json.dumps(scores, indent=2) + "\n")
     except Exception as error:  # whatever is wrong with one track must not stop the others
         kind = "" if isinstance(error, ScoringError) else f"{type(error).__name__}: "
         return " ".join(f"{kind}{error}".split())

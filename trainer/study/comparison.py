@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flsep.cache.files import write_atomically
+from flsep.cache.files import write_text
 from flsep.trainer.errors import ComparisonError
 from flsep.trainer.study import tables
 
@@ -141,10 +141,10 @@ class Comparison:
     def save(self, folder: Path) -> None:
         """Write ``comparison.txt``, ``.md``, ``.csv`` and ``.json`` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "comparison.txt", self.to_text())
-        write_atomically(folder / "comparison.md", self.to_markdown())
-        write_atomically(folder / "comparison.csv", self.to_csv())
-        write_atomically(folder / "comparison.json", self.to_json())
+        write_text(folder / "comparison.txt", self.to_text())
+        write_text(folder / "comparison.md", self.to_markdown())
+        write_text(folder / "comparison.csv", self.to_csv())
+        write_text(folder / "comparison.json", self.to_json())
 
 
 def compare_scores(

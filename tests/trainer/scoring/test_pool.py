@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flsep.cache.files import write_atomically
+from flsep.cache.files import write_text
 from flsep.trainer.errors import ScoringError
 from flsep.trainer.scoring import pool as scoring
 from flsep.trainer.scoring.bsseval import predict_peak_bytes, prepare_museval, score_track
@@ -414,13 +414,13 @@ def test_predicts_what_was_measured():
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    write_atomically(path, "old")
+    write_text(path, "old")
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
