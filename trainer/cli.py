@@ -348,7 +348,12 @@ def evaluate(
     """
     from flsep.cache import Shards
     from flsep.trainer.runs.folder import Run
-    from flsep.trainer.scoring.estimators import Estimator
+    from flsep.trainer.scoring.estimators import (
+        Estimator,
+        IdealRatioMask,
+        MixtureEstimator,
+        TrainedModel,
+    )
     from flsep.trainer.scoring.evaluation import describe_run, evaluate
 
     if not (runs or floor or oracle):
@@ -358,11 +363,11 @@ def evaluate(
     for run in runs:
         best = Run(run).best
         description = describe_run(best, opened.layout)
-        tasks.append((str(run), Estimator("run", best, wiener), Run(run).evaluation, description))
+        tasks.append((str(run), TrainedModel(best, wiener), Run(run).evaluation, description))
     if floor:
-        tasks.append((str(floor), Estimator("floor"), floor, {}))
+        tasks.append((str(floor), MixtureEstimator(), floor, {}))
     if oracle:
-        tasks.append((str(oracle), Estimator("oracle"), oracle, {}))
+        tasks.append((str(oracle), IdealRatioMask(), oracle, {}))
     failed = 0
     for label, estimator, folder, description in tasks:
         click.echo(f"scoring {label}")
@@ -400,6 +405,7 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
     """
     from flsep.trainer.scoring.evaluation import read_evaluation
     from flsep.trainer.study.rows import compare_evaluations
+    from flsep.trainer.study.tables import format_text, save
 
     members = []
     for argument in runs:
@@ -412,7 +418,7 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
         floor=read_evaluation(floor, kind="floor"),
         oracle=read_evaluation(oracle, kind="oracle") if oracle else None,
     )
-    click.echo(comparison.to_text(), nl=False)
+    click.echo(format_text(comparison), nl=False)
     if out is not None:
-        comparison.save(out)
+        save(comparison, out)
         click.echo(f"saved in {out}: comparison.txt, .md, .csv, .json")
