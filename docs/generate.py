@@ -38,11 +38,11 @@ This page is generated from `--help`. Do not edit it; `make docs` regenerates it
 
 All commands have this in common:
 
-* Results and progress lines go to standard output. Errors, warnings and progress bars go to standard
-  error.
+* Results and progress lines go to standard output. Errors, warnings and progress bars go to
+  standard error.
 * An expected failure is reported in one line.
-* A bug in flsep is reported with a traceback, the versions of the packages, and exit status 70. Please
-  report it in the project's issue tracker, with everything that the command printed.
+* A bug in flsep is reported with a traceback, the versions of the packages, and exit status 70.
+  Please report it in the project's issue tracker, with everything that the command printed.
 
 | exit status | meaning |
 |---|---|
@@ -62,9 +62,10 @@ This page is generated from the code. Do not edit it; `make docs` regenerates it
 ## Training
 
 `flsep-train fit` starts from a recipe, applies its named options and then `--set
-section.field=value`, which may be repeated and takes precedence over the options. Values are checked
-against the types below. An unknown section or field is refused, and the message suggests the nearest
-name. The resolved configuration is stored in `config.json` of the run folder and in every checkpoint.
+section.field=value`, which may be repeated and takes precedence over the options. Values are
+checked against the types below. An unknown section or field is refused, and the message suggests
+the nearest name. The resolved configuration is stored in `config.json` of the run folder and in
+every checkpoint.
 
 The sections `separator` and `loss` have the fields of the chosen separator (`separator.name`), and
 the section `approach` has those of the chosen approach. Other fields are refused.
@@ -83,12 +84,11 @@ the section `approach` has those of the chosen approach. Other fields are refuse
 _FEATURES_HEAD = """\
 ## Precomputation
 
-These are the settings of `flsep-precompute plan` and `run`. Together with the sources (`--sources`) and
-the content of the teacher they determine the fingerprint of the shards. A folder holds shards of one
-fingerprint only. All other options leave the content of the shards unchanged: `--shard-size`,
-`--workers`, `--adapt`, `--cluster`, `--part`, `--scheduler`, and the place that the teacher is loaded
-from.
-"""
+These are the settings of `flsep-precompute plan` and `run`. Together with the sources
+(`--sources`) and the content of the teacher they determine the fingerprint of the shards. A folder
+holds shards of one fingerprint only. All other options leave the content of the shards unchanged:
+`--shard-size`, `--workers`, `--adapt`, `--cluster`, `--part`, `--scheduler`, and the place that
+the teacher is loaded from."""
 
 
 def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:

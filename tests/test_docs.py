@@ -19,10 +19,11 @@ import pytest
 
 from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, build_index, write_index
 from flsep.cache.format import track_datasets
-from flsep.trainer.approaches.registry import check_combination
+from flsep.trainer.approaches.interface import require_possible
+from flsep.trainer.cli import CONFIG_OPTIONS
 from flsep.trainer.config import TrainConfig
-from flsep.trainer.recipes import RECIPES
-from flsep.trainer.settings import apply_settings
+from flsep.trainer.recipes import resolve_config
+from flsep.trainer.registry import APPROACHES, SEPARATORS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -108,18 +109,26 @@ def test_generated_pages_match_the_code(name: str) -> None:
 
 def test_every_setting_is_explained() -> None:
     text = (DOCS / "reference" / "config.md").read_text()
-    for section, values in TrainConfig().to_json().items():
-        for field in values:
-            assert f"`{section}.{field}`" in text
+    configs = [TrainConfig().with_approach(name) for name in APPROACHES]
+    configs += [TrainConfig().with_separator(name) for name in SEPARATORS]
+    known = {
+        f"{section}.{field}"
+        for config in configs
+        for section, values in config.to_json().items()
+        for field in values
+    }
+    for field in known:
+        assert f"`{field}`" in text
     options = {o for p in COMMANDS["flsep-precompute run"].params for o in p.opts}
     assert set(generator.OPTIONS.values()) <= options
     listed = re.findall(r"^\| `(--[\w-]+)` \| `([\w.]+)` \|$", text, re.MULTILINE)
-    assert len(listed) == 7
+    assert dict(listed) == {
+        f"--{option.replace('_', '-')}": field for option, field in CONFIG_OPTIONS.items()
+    }
     fit_options = {o for p in COMMANDS["flsep-train fit"].params for o in p.opts}
     for option, field in listed:
         assert option in fit_options
-        section, name = field.split(".")
-        assert name in TrainConfig().to_json()[section]
+        assert field in known
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -140,12 +149,13 @@ def test_command_lines_parse(page: Path) -> None:
         for words in find_commands(script):
             name, values = parse(words)
             if name == "flsep-train fit":
-                config = apply_settings(RECIPES[values["recipe"]](), values["settings"])
-                check_combination(
-                    values["approach"] or config.approach.name,
-                    values["mixing"] or config.data.mixing,
-                    values["teacher_signal"] or config.approach.teacher_signal,
-                )
+                chosen = [
+                    f"{field}={values[option]}"
+                    for option, field in CONFIG_OPTIONS.items()
+                    if values[option] is not None
+                ]
+                settings = [*chosen, *values["settings"]]
+                require_possible(resolve_config(values["recipe"], settings))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

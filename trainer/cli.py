@@ -14,13 +14,12 @@ import click
 from flsep.cache.commands import CommandGroup
 from flsep.cache.errors import FlsepError
 from flsep.trainer.errors import EvaluationError, InferenceError
-from flsep.trainer.registry import APPROACHES
+from flsep.trainer.registry import APPROACHES, ENGINES
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ANY = click.Path(path_type=Path)
 
-# Options of `fit` that stand for fields of the configuration.
-_FIELDS = {
+CONFIG_OPTIONS = {
     "approach": "approach.name",
     "mixing": "data.mixing",
     "teacher_signal": "approach.teacher_signal",
@@ -29,6 +28,7 @@ _FIELDS = {
     "seed": "fit.seed",
     "precision": "compute.precision",
 }
+"""Options of `fit` that stand for fields of the configuration."""
 
 
 class _Registered(click.Choice[str]):
@@ -224,7 +224,7 @@ def fit(
 
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    named = {field: options.pop(option) for option, field in _FIELDS.items()}
+    named = {field: options.pop(option) for option, field in CONFIG_OPTIONS.items()}
     chosen = [f"{field}={value}" for field, value in named.items() if value is not None]
     recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT
     request = FitRequest(
@@ -341,6 +341,13 @@ def _find_checkpoint(run: Path) -> Path:
     show_default=True,
     help="Tracks to score; the shards must hold their audio (--audio-splits of flsep-precompute).",
 )
+@click.option(
+    "--engine",
+    type=_Registered(ENGINES),
+    default="museval",
+    show_default=True,
+    help="Scoring engine.",
+)
 @click.option("--wiener", is_flag=True, help="Refine the runs' estimates (needs norbert).")
 @click.option(
     "--workers",
@@ -354,6 +361,7 @@ def evaluate(
     floor: Path | None,
     oracle: Path | None,
     split: str,
+    engine: str,
     wiener: bool,
     workers: int | None,
     verify: bool,
@@ -372,7 +380,12 @@ def evaluate(
     """
     from flsep.cache import Shards
     from flsep.trainer.runs.folder import Run
-    from flsep.trainer.scoring.estimators import Estimator
+    from flsep.trainer.scoring.estimators import (
+        Estimator,
+        IdealRatioMask,
+        MixtureEstimator,
+        TrainedModel,
+    )
     from flsep.trainer.scoring.evaluation import describe_run, evaluate
 
     if not (runs or floor or oracle):
@@ -382,11 +395,11 @@ def evaluate(
     for run in runs:
         best = Run(run).best
         description = describe_run(best, opened.layout)
-        tasks.append((str(run), Estimator("run", best, wiener), Run(run).evaluation, description))
+        tasks.append((str(run), TrainedModel(best, wiener), Run(run).evaluation, description))
     if floor:
-        tasks.append((str(floor), Estimator("floor"), floor, {}))
+        tasks.append((str(floor), MixtureEstimator(), floor, {}))
     if oracle:
-        tasks.append((str(oracle), Estimator("oracle"), oracle, {}))
+        tasks.append((str(oracle), IdealRatioMask(), oracle, {}))
     failed = 0
     for label, estimator, folder, description in tasks:
         click.echo(f"scoring {label}")
@@ -398,6 +411,7 @@ def evaluate(
             num_workers=workers,
             progress=sys.stderr.isatty(),
             description=description,
+            engine=engine,
         )
         for failure in failures:
             click.echo(f"Error: {label}: {failure.track}: {failure.reason}", err=True)
@@ -424,6 +438,7 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
     """
     from flsep.trainer.scoring.evaluation import read_evaluation
     from flsep.trainer.study.rows import compare_evaluations
+    from flsep.trainer.study.tables import format_text, save
 
     members = []
     for argument in runs:
@@ -436,7 +451,7 @@ def compare(runs: tuple[str, ...], floor: Path, oracle: Path | None, out: Path |
         floor=read_evaluation(floor, kind="floor"),
         oracle=read_evaluation(oracle, kind="oracle") if oracle else None,
     )
-    click.echo(comparison.to_text(), nl=False)
+    click.echo(format_text(comparison), nl=False)
     if out is not None:
-        comparison.save(out)
+        save(comparison, out)
         click.echo(f"saved in {out}: comparison.txt, .md, .csv, .json")

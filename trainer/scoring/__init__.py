@@ -1,1 +1,1 @@
-"""Score estimates."""
+"""Score estimates against their references."""

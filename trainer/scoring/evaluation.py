@@ -1,8 +1,8 @@
-"""Score what a run, or no model at all, makes of a split of the shards; compare the scores.
+"""Score an estimator on a split of the shards, and read what an evaluation says.
 
-Each track is separated by the process that scores it: museval takes far longer than the model, and
-nothing but the scores has to be stored. An evaluation is a folder with ``evaluation.json``, which
-says what was scored, and ``scores/``, one JSON file a track in museval's format.
+Each track is separated by the process that scores it: scoring takes far longer than the model, and
+only the scores have to be stored. An evaluation is a folder with ``evaluation.json``, which says
+what was scored, and ``scores/``, one JSON file a track in museval's format.
 """
 
 import json
@@ -14,17 +14,16 @@ from typing import Any
 
 from flsep.cache import Layout, ShardFile, Shards, TrackRecord, write_json
 from flsep.cache.format import fingerprint
-from flsep.trainer.config import TrainConfig
+from flsep.cache.memory import free_host_bytes
 from flsep.trainer.errors import EvaluationError
 from flsep.trainer.runs.folder import Run
-from flsep.trainer.scoring.bsseval import predict_peak_bytes
-from flsep.trainer.scoring.engine import Failure, TrackJob
+from flsep.trainer.scoring.engine import DEFAULT_ENGINE, Engine, FailedTrack, TrackJob
 from flsep.trainer.scoring.estimators import Estimator, LoadTrack
-from flsep.trainer.scoring.pool import score_tracks
+from flsep.trainer.scoring.pool import load_engine, score_tracks
 
-_FORMAT = "flsep-evaluation"
-# What a process needs to separate a track before museval starts: torch, the model, a chunk.
+_FORMAT, _VERSION = "flsep-evaluation", 1
 _SEPARATION_BYTES = 1 << 30
+"""What a process needs to separate a track before it is scored: torch, the model, a chunk."""
 
 
 def describe_run(checkpoint: Path, layout: Layout) -> dict[str, Any]:
@@ -56,31 +55,34 @@ def evaluate(
     num_workers: int | None,
     progress: bool,
     description: dict[str, Any],
-) -> tuple[list[Path], list[Failure]]:
-    """Score every track of a split; scores that hold already are kept.
+    engine: str = DEFAULT_ENGINE,
+) -> tuple[list[Path], list[FailedTrack]]:
+    """Score every track of a split, except those whose stored scores are current.
 
     Parameters
     ----------
     estimator : Estimator
-        What is scored.
+        Makes the estimates.
     shards : Shards
-        Whose audio.
+        The shards with the tracks' audio.
     folder : Path
-        Where the evaluation goes.
+        Folder of the evaluation.
     split : {'train', 'valid', 'test'}
         Which tracks.
     num_workers : int or None
-        Processes; None takes as many as cores and memory allow.
+        Number of processes; None starts as many as cores and memory allow.
     progress : bool
-        Show a bar.
+        Show a progress bar.
     description : dict
-        What ``evaluation.json`` says of the estimator besides.
+        Further entries of ``evaluation.json``, about the estimator.
+    engine : str
+        Name of the scoring engine.
 
     Returns
     -------
     done : list of Path
         The scores, a file a track.
-    failed : list of Failure
+    failed : list of FailedTrack
         Tracks that could not be scored.
 
     Raises
@@ -88,9 +90,11 @@ def evaluate(
     EvaluationError
         If the split has no track.
     CacheError
-        If its shards are missing or damaged, or hold no audio.
+        If shards of the split are missing or damaged, or hold no audio.
+    ConfigError
+        If there is no such engine.
     ScoringError
-        If museval cannot work here, or the folder cannot be written.
+        If the engine cannot work here, or the folder cannot be written.
     """
     tracks = shards.tracks(split)
     if not tracks:
@@ -109,21 +113,24 @@ def evaluate(
         for track in tracks
     ]
     if num_workers is None:
-        num_workers = _choose_num_workers(layout.sources, layout.num_channels, tracks)
+        num_workers = _choose_num_workers(load_engine(engine), layout, tracks)
     summary, scores = folder / "evaluation.json", folder / "scores"
-    # Written last: while it is missing, nothing is compared with half an evaluation.
-    if summary.exists():
+    # Written last: while the summary is missing, nothing is compared with half an evaluation.
+    if summary.exists():  # False also where a parent is a file
         summary.unlink()
-    done, failed = score_tracks(jobs, scores, num_workers=num_workers, progress=progress)
+    done, failed = score_tracks(
+        jobs, scores, engine=engine, num_workers=num_workers, progress=progress
+    )
     for stale in set(scores.glob("*.json")) - set(done):
         stale.unlink()
     write_json(
         summary,
         {
             "format": _FORMAT,
-            "version": 1,
+            "version": _VERSION,
             "kind": estimator.kind,
             "wiener": estimator.wiener,
+            "engine": engine,
             "split": split,
             "shards": str(shards.folder.resolve()),
             "audio": audio,
@@ -141,23 +148,20 @@ def _identify_audio(shards: Shards, tracks: Sequence[TrackRecord]) -> str:
     digests = []
     for track in tracks:
         if not track.has_audio:
-            shards.read_audio(track, 0)  # raises, and says what to do
+            shards.read_audio(track, 0)  # raises an error that says what to do
         stored = files[track.shard].tracks[track.position]
         digests.append([track.name, *stored.datasets["audio"].sha256, *stored.audio_scale])
     return fingerprint([list(shards.layout.sources), sorted(digests)])
 
 
-def _choose_num_workers(
-    sources: Sequence[str], num_channels: int, tracks: Sequence[TrackRecord]
-) -> int:
+def _choose_num_workers(engine: Engine, layout: Layout, tracks: Sequence[TrackRecord]) -> int:
+    """Return how many processes fit the cores and, with the longest track each, the memory."""
     longest = max(track.num_samples for track in tracks)
-    peak_bytes = _SEPARATION_BYTES + predict_peak_bytes(len(sources), num_channels, longest)
-    available_bytes = peak_bytes
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available_bytes = int(line.split()[1]) * 1024
+    peak_bytes = _SEPARATION_BYTES + engine.predict_peak_bytes(
+        len(layout.sources), layout.num_channels, longest
+    )
     num_cores = len(os.sched_getaffinity(0))
-    return max(1, min(num_cores, available_bytes // peak_bytes, len(tracks)))
+    return max(1, min(num_cores, free_host_bytes() // peak_bytes, len(tracks)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +173,17 @@ class Evaluated:
     label : str
         The folder as the user named it.
     name : str or None
-        The name of the row that the user wants it in.
+        Name that the user gave to the evaluation's row in a comparison.
     folder : Path
-        Of the evaluation.
+        Folder of ``evaluation.json`` and ``scores/``.
     summary : dict
-        Its ``evaluation.json``.
+        What ``evaluation.json`` holds.
     """
 
     label: str
     name: str | None
     folder: Path
     summary: dict[str, Any]
-
-    @property
-    def config(self) -> TrainConfig:
-        """Of the run's training."""
-        return TrainConfig.from_json(self.summary["config"])
 
 
 def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Evaluated:
@@ -195,9 +194,9 @@ def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Eval
     folder : Path
         A run folder, or the folder given to ``--floor`` or ``--oracle``.
     kind : {'run', 'floor', 'oracle'}
-        What is expected there.
+        The kind of estimator that is expected.
     name : str, optional
-        Of the row in a comparison.
+        Name of the row in a comparison.
 
     Raises
     ------
@@ -206,18 +205,37 @@ def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Eval
     """
     place = Run(folder).evaluation if kind == "run" else folder
     path = place / "evaluation.json"
-    option = folder if kind == "run" else f"--{kind} {folder}"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["format"] != _FORMAT or summary["version"] != 1:
-            raise ValueError(f"format {summary['format']!r} version {summary['version']!r}")
-        found = summary["kind"]
     except FileNotFoundError as error:
+        option = folder if kind == "run" else f"--{kind} {folder}"
         raise EvaluationError(
             f"{place}: not evaluated; run flsep-train evaluate {option} SHARDS"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise EvaluationError(f"{path}: not readable ({error}); evaluate again") from error
-    if found != kind:
-        raise EvaluationError(f"{path}: holds scores of the {found}, expected the {kind}")
-    return Evaluated(str(folder), name, place, summary)
+    if problem := _find_problem(summary):
+        raise EvaluationError(f"{path}: not readable ({problem}); evaluate again")
+    if summary["kind"] != kind:
+        raise EvaluationError(f"{path}: holds scores of the {summary['kind']}, expected the {kind}")
+    return Evaluated(str(folder), name, place, {"engine": DEFAULT_ENGINE, **summary})
+
+
+def _find_problem(summary: Any) -> str | None:
+    """Return what keeps a summary from being used, or None."""
+    if not isinstance(summary, dict):
+        return "no JSON object"
+    found = summary.get("format"), summary.get("version")
+    if found != (_FORMAT, _VERSION):
+        return f"format {found[0]!r} version {found[1]!r}; expected {_FORMAT!r} version {_VERSION}"
+    needed = ["kind", "wiener", "split", "shards", "audio"]
+    missing = [name for name in needed if name not in summary]
+    if summary.get("kind") == "run":
+        missing += [] if "fingerprint" in summary else ["fingerprint"]
+        # What `compare` makes rows of; the other fields depend on separator and approach.
+        for section, name in (("approach", "name"), ("data", "mixing"), ("fit", "seed")):
+            try:
+                summary["config"][section][name]
+            except (KeyError, TypeError):
+                missing.append(f"config.{section}.{name}")
+    return f"lacks {', '.join(missing)}" if missing else None

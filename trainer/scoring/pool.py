@@ -1,11 +1,11 @@
-"""Score separated tracks with museval (BSS Eval v4), one process and one JSON file a track.
+"""Score tracks, one process and one JSON file a track.
 
-The result of a track is museval's own JSON (``museval.TrackStore``) with four more keys: ``track``
-(the name as it is, since file names are made safe), ``sample_rate_hz``, ``num_samples`` and, from
-`score_tracks`, ``fingerprint`` (of the estimates).
+The result of a track is what the engine returns with five more keys: ``track`` (the name as it is,
+since file names are made safe), ``sample_rate_hz``, ``num_samples``, ``fingerprint`` (of the
+estimates) and ``engine``.
 
-museval takes about 1 s of one core per second of 4 stereo sources, plus about 9 s a track, and its
-whole-track FFTs take gigabytes: see `predict_peak_bytes` before choosing a number of processes.
+Engines may need gigabytes for one track: see `Engine.predict_peak_bytes` before choosing a number
+of processes.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import traceback
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,19 +23,28 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from flsep.cache.errors import FlsepError
 from flsep.cache.files import write_text
 from flsep.trainer.errors import ScoringError
-from flsep.trainer.scoring.bsseval import prepare_museval, score_track
-from flsep.trainer.scoring.engine import Failure, TrackJob
+from flsep.trainer.registry import ENGINES, load
+from flsep.trainer.scoring.engine import DEFAULT_ENGINE, Engine, FailedTrack, TrackJob
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# Well below what a pipe holds, so that a process never waits for its parent to read.
+_REASON_CHARACTERS = 2000
+
+
+def load_engine(name: str) -> Engine:
+    """Return the engine of this name; raises ConfigError if there is none."""
+    engine: Engine = load(ENGINES, name, "scoring engine")()
+    return engine
 
 
 def safe_name(track_name: str) -> str:
     """Return a file name (no suffix) for any track name: readable, short, ASCII and unique.
 
     Names that differ only in case, or in characters that a file name cannot hold, differ in the
-    digest at the end, so they never share a file.
+    digest at the end, so that they never share a file.
     """
     ascii_name = unicodedata.normalize("NFKD", track_name).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9]+", "_", ascii_name)[:60].strip("_") or "track"
@@ -43,64 +53,76 @@ def safe_name(track_name: str) -> str:
 
 
 def score_tracks(
-    jobs: Sequence[TrackJob], out_dir: Path, *, num_workers: int, progress: bool = False
-) -> tuple[list[Path], list[Failure]]:
+    jobs: Sequence[TrackJob],
+    folder: Path,
+    *,
+    engine: str,
+    num_workers: int,
+    progress: bool = False,
+) -> tuple[list[Path], list[FailedTrack]]:
     """Score tracks, each in a process of its own, and write one JSON file a track.
 
-    A process holds one track, with BLAS held to one thread, and gives its memory back when it
-    ends; one that is killed (out of memory) costs its own track only. A stored result of the same
-    track, sources, rate and fingerprint is kept; any other under its name is removed first.
+    A process scores one track, with BLAS limited to one thread, and returns its memory when it
+    ends; a process that is killed (out of memory) costs its own track only. A stored result of
+    the same engine, track, sources, rate and fingerprint is kept; any other one is replaced.
 
     Parameters
     ----------
-    jobs
-        The tracks; names differ.
-    out_dir
+    jobs : sequence of TrackJob
+        Tracks with different names.
+    folder : Path
         Folder of the JSON files, made if needed.
-    num_workers
-        Processes at a time; 0 scores in this process.
-    progress
+    engine : str
+        Name of the scoring engine.
+    num_workers : int
+        Number of processes at a time; 0 scores in this process.
+    progress : bool
         Show a progress bar on stderr.
 
     Returns
     -------
     done : list of Path
-        The JSON files that hold, kept or new, in the order of `jobs`.
-    failed : list of Failure
+        The JSON files, kept or new, in the order of `jobs`.
+    failed : list of FailedTrack
         The tracks that failed, in the order of `jobs`.
 
     Raises
     ------
+    ConfigError
+        If there is no such engine.
     ScoringError
-        Where museval is missing, a name comes twice or `out_dir` cannot be written.
+        If the engine cannot work here, two tracks have one name, or `folder` cannot be written.
     """
-    prepare_museval()
+    chosen = load_engine(engine)
+    chosen.prepare()
     from tqdm import tqdm
 
     names = [job.name for job in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ScoringError(f"tracks {twice} come more than once; give each its own name")
-    _check_folder(out_dir)
-    paths = {job.name: out_dir / f"{safe_name(job.name)}.json" for job in jobs}
-    pending = [(job, paths[job.name]) for job in jobs if not _is_current(paths[job.name], job)]
+    _require_writable(folder)
+    paths = {job.name: folder / f"{safe_name(job.name)}.json" for job in jobs}
+    pending = [
+        (job, paths[job.name]) for job in jobs if not _is_current(paths[job.name], job, chosen.name)
+    ]
     reasons: dict[str, str] = {}
-    scoring = _score_in_processes(pending, num_workers) if num_workers else _score_here(pending)
+    if num_workers:
+        results = _score_in_processes(pending, chosen, num_workers)
+    else:
+        results = ((job.name, _score_job(job, path, chosen)) for job, path in pending)
+    num_kept = len(jobs) - len(pending)
     with tqdm(
-        total=len(jobs),
-        initial=len(jobs) - len(pending),
-        desc="museval",
-        unit="track",
-        disable=not progress,
+        total=len(jobs), initial=num_kept, desc=chosen.name, unit="track", disable=not progress
     ) as bar:
-        for name, reason in scoring:
+        for name, reason in results:
             bar.update()
             if reason is not None:
                 reasons[name] = reason
     done = [path for name, path in paths.items() if name not in reasons]
-    return done, [Failure(name, reasons[name]) for name in paths if name in reasons]
+    return done, [FailedTrack(name, reasons[name]) for name in paths if name in reasons]
 
 
-def _check_folder(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,50 +131,70 @@ def _check_folder(folder: Path) -> None:
         raise ScoringError(f"cannot write into {folder}: choose another folder for the scores")
 
 
-def _is_current(path: Path, job: TrackJob) -> bool:
+def _is_current(path: Path, job: TrackJob, engine: str) -> bool:
+    """Whether a file holds the scores that a job would give; a damaged file does not."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return (
             stored["track"] == job.name
             and stored["fingerprint"] == job.fingerprint
             and stored["sample_rate_hz"] == job.sample_rate_hz
+            and stored.get("engine", DEFAULT_ENGINE) == engine
             and [target["name"] for target in stored["targets"]] == list(job.sources)
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _score_job(job: TrackJob, path: Path) -> str | None:
-    """Score one track into its file; return why it failed, or None."""
+def _score_job(job: TrackJob, path: Path, engine: Engine) -> str | None:
+    """Score one track into its file; return the reason if it failed."""
     from threadpoolctl import threadpool_limits
 
     try:
+        # A result of other estimates must not outlive a failure.
         path.unlink(missing_ok=True)
+        engine.prepare()  # another process prepared it, unless tracks are scored in this one
         with threadpool_limits(1):
             references, estimates = job.load()
-            scores = score_track(
+            scores = engine.score(
                 references,
                 estimates,
                 sources=job.sources,
                 sample_rate_hz=job.sample_rate_hz,
                 name=job.name,
             )
-        scores["fingerprint"] = job.fingerprint
+        scores |= {
+            "track": job.name,
+            "sample_rate_hz": job.sample_rate_hz,
+            "num_samples": references.shape[1],
+            "fingerprint": job.fingerprint,
+            "engine": engine.name,
+        }
         write_text(path, json.dumps(scores, indent=2) + "\n")
-    except Exception as error:  # whatever is wrong with one track must not stop the others
-        kind = "" if isinstance(error, ScoringError) else f"{type(error).__name__}: "
-        return " ".join(f"{kind}{error}".split())
+    except Exception as error:  # one track must not stop the others, even where flsep has a bug
+        return _explain(error)
     return None
 
 
-def _score_here(pending: Sequence[tuple[TrackJob, Path]]) -> Iterator[tuple[str, str | None]]:
-    for job, path in pending:
-        yield job.name, _score_job(job, path)
+def _explain(error: Exception) -> str:
+    """Return one line for an expected failure, and for a bug also where it happened."""
+    match error:
+        case FlsepError():
+            text = " ".join([str(error), *getattr(error, "__notes__", [])])
+        case OSError() | MemoryError():
+            text = f"{type(error).__name__}: {error}"
+        case _:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{last.filename}:{last.lineno}"
+            # The place comes before the message, which may be cut.
+            text = f"a bug, {type(error).__name__} at {place}: {error}"
+    return " ".join(text.split())[:_REASON_CHARACTERS]
 
 
 def _score_in_processes(
-    pending: Sequence[tuple[TrackJob, Path]], num_workers: int
+    pending: Sequence[tuple[TrackJob, Path]], engine: Engine, num_workers: int
 ) -> Iterator[tuple[str, str | None]]:
+    """Yield each track's name and the reason if it failed, in the order in which they end."""
     context = multiprocessing.get_context("spawn")
     queue = list(reversed(pending))
     running: dict[int, tuple[str, Any, Connection]] = {}
@@ -161,11 +203,14 @@ def _score_in_processes(
             while queue and len(running) < num_workers:
                 job, path = queue.pop()
                 receiver, sender = context.Pipe(duplex=False)
+                # The engine itself is sent, not its name: a pickled object imports its own
+                # module, so that engines which this process registered work there too.
                 process = context.Process(
-                    target=_score_and_report, args=(job, path, sender), daemon=True
+                    target=_score_and_report, args=(job, path, engine, sender), daemon=True
                 )
                 with _child_settings():
                     process.start()
+                # While the parent has the sending end open, a dead child is not noticed.
                 sender.close()
                 running[process.sentinel] = (job.name, process, receiver)
             for sentinel in wait(list(running)):
@@ -181,10 +226,8 @@ def _score_in_processes(
             receiver.close()
 
 
-def _score_and_report(job: TrackJob, path: Path, sender: Connection) -> None:
-    reason = _score_job(job, path)
-    # well below what a pipe holds, so that the process never waits for its parent to read
-    sender.send(None if reason is None else reason[:2000])
+def _score_and_report(job: TrackJob, path: Path, engine: Engine, sender: Connection) -> None:
+    sender.send(_score_job(job, path, engine))
 
 
 def _receive_reason(receiver: Connection, exit_code: int | None) -> str | None:
@@ -202,13 +245,14 @@ def _receive_reason(receiver: Connection, exit_code: int | None) -> str | None:
 
 @contextmanager
 def _child_settings() -> Iterator[None]:
-    """Start processes that hold BLAS to one thread and leave Ctrl-C to their parent.
+    """Start processes that limit BLAS to one thread and leave Ctrl-C to their parent.
 
     BLAS reads its variables when NumPy is imported, before any code of ours runs in the child. The
-    blocked signal is inherited too; the parent gets one that came meanwhile when it unblocks.
+    blocked signal is inherited too; the parent gets a Ctrl-C of that time when it unblocks.
     """
     saved = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    # Started with the first process, it would unblock the signal before that one inherits it.
+    # If the resource tracker started with the first process, it would unblock the signal before
+    # that process inherits it.
     resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))

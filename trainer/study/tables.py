@@ -1,12 +1,14 @@
-"""Render a comparison as text, Markdown and CSV."""
+"""Format a comparison as text, Markdown, CSV and JSON, and save it."""
 
 import csv
 import io
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from flsep.trainer.study.comparison import Comparison, Spread
+from flsep.cache.files import write_text
+from flsep.trainer.study.comparison import MEAN_OF_MEDIANS, Comparison, Spread
 
 _TITLE = "museval (BSS Eval v4): median over frames, then median over tracks, in dB"
 _SUMMARY_HEADER = ("", "seeds", "SDR", "min..max", "vs floor", "vs none", "scored")
@@ -22,7 +24,16 @@ _NAME_WIDTH = 26
 _LINE_WIDTH = 100
 
 
-def format_text(comparison: "Comparison") -> str:
+def save(comparison: Comparison, folder: Path) -> None:
+    """Write ``comparison.txt``, ``.md``, ``.csv`` and ``.json`` into a folder, made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "comparison.txt", format_text(comparison))
+    write_text(folder / "comparison.md", format_markdown(comparison))
+    write_text(folder / "comparison.csv", format_csv(comparison))
+    write_text(folder / "comparison.json", format_json(comparison))
+
+
+def format_text(comparison: Comparison) -> str:
     """Return a summary table and one table a source, aligned, at most 100 columns wide."""
     lines = [_TITLE, _describe_frames(comparison), ""]
     lines += [*_align([_SUMMARY_HEADER, *_summarise(comparison)]), _SUMMARY_NOTE]
@@ -32,13 +43,13 @@ def format_text(comparison: "Comparison") -> str:
         for entry in comparison.entries:
             spreads = entry.values[source].values()
             rows.append([entry.name, *(f"{spread.median:.2f}" for spread in spreads)])
-            if len(entry.seeds) > 1:
+            if len(entry.seeds) > 1:  # a second line, under the row's own
                 rows.append(["  min..max", *map(_format_range, spreads)])
         lines += ["", title, *_align(rows)]
     return "".join(f"{_cut(line, _LINE_WIDTH)}\n" for line in lines)
 
 
-def format_markdown(comparison: "Comparison") -> str:
+def format_markdown(comparison: Comparison) -> str:
     """Return a summary table and a table of all sources."""
     lines = [f"{_TITLE}.", f"{_describe_frames(comparison)}.", ""]
     lines += [*_pipe([_SUMMARY_HEADER, *_summarise(comparison)]), "", _SUMMARY_NOTE, ""]
@@ -55,13 +66,14 @@ def format_markdown(comparison: "Comparison") -> str:
     return "\n".join([*lines, *_pipe([header, *rows])]) + "\n"
 
 
-def format_csv(comparison: "Comparison") -> str:
-    """Return one line for each row, source (and mean of medians) and metric."""
+def format_csv(comparison: Comparison) -> str:
+    """Return one line for each row, source (or mean of medians) and metric."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(_CSV_HEADER)
     for entry in comparison.entries:
         for source, spreads in entry.values.items():
+            # None, which csv leaves empty, for the mean of medians.
             counts = (
                 comparison.num_common_tracks.get(source),
                 comparison.num_common_frames.get(source),
@@ -74,10 +86,16 @@ def format_csv(comparison: "Comparison") -> str:
     return file.getvalue()
 
 
-def _summarise(comparison: "Comparison") -> list[Sequence[str]]:
+def format_json(comparison: Comparison) -> str:
+    """Return everything, each run's figures included."""
+    return json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n"
+
+
+def _summarise(comparison: Comparison) -> list[Sequence[str]]:
+    """Return the rows of the summary table, without its header."""
     rows: list[Sequence[str]] = []
     for entry in comparison.entries:
-        sdr = entry.values["mean of medians"]["SDR"]
+        sdr = entry.values[MEAN_OF_MEDIANS]["SDR"]
         num_seeds = sum(seed is not None for seed in entry.seeds)
         rows.append(
             [
@@ -93,7 +111,8 @@ def _summarise(comparison: "Comparison") -> list[Sequence[str]]:
     return rows
 
 
-def _describe_frames(comparison: "Comparison") -> str:
+def _describe_frames(comparison: Comparison) -> str:
+    """Say how many frames count; the number may differ between sources."""
     counts = sorted(set(comparison.num_common_frames.values()))
     text = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
@@ -102,17 +121,17 @@ def _describe_frames(comparison: "Comparison") -> str:
     )
 
 
-def _describe_sources(comparison: "Comparison") -> dict[str, str]:
+def _describe_sources(comparison: Comparison) -> dict[str, str]:
     """Return the title of each source and of the mean of medians, in the order of the table."""
     titles = {
         source: f"{source} ({comparison.num_common_frames[source]} of {comparison.num_frames} "
         f"frames, {comparison.num_common_tracks[source]} of {len(comparison.tracks)} tracks)"
         for source in comparison.sources
     }
-    return titles | {"mean of medians": f"mean of medians (over {len(titles)} sources)"}
+    return titles | {MEAN_OF_MEDIANS: f"{MEAN_OF_MEDIANS} (over {len(titles)} sources)"}
 
 
-def _format_range(spread: "Spread") -> str:
+def _format_range(spread: Spread) -> str:
     return f"{spread.minimum:.2f}..{spread.maximum:.2f}"
 
 
@@ -125,7 +144,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first column left, cut to its width, and the others right."""
+    """Align the first column, which has a fixed width, to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*(row[1:] for row in rows), strict=True)]
     return [
         "  ".join(

@@ -1,5 +1,7 @@
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,15 @@ from flsep.cache import CacheError, Layout, Shards
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.errors import CheckpointError, EvaluationError
 from flsep.trainer.runs.folder import Run
-from flsep.trainer.scoring.estimators import Estimator, LoadTrack
+from flsep.trainer.scoring.estimators import (
+    Estimator,
+    IdealRatioMask,
+    LoadTrack,
+    MixtureEstimator,
+    TrainedModel,
+)
 from flsep.trainer.scoring.evaluation import Evaluated, describe_run, evaluate, read_evaluation
+from flsep.trainer.scoring.museval_engine import Museval
 from flsep.trainer.study.rows import compare_evaluations
 from flsep.trainer.training.loop import fit
 from flsep.trainer.training.state import Training
@@ -43,7 +52,7 @@ def load(estimator: Estimator, shards: Path, name: str) -> tuple[np.ndarray, np.
 
 
 def test_the_floor_is_the_mixture(shards: Path, tracks: dict[str, tuple[str, np.ndarray]]) -> None:
-    references, estimates = load(Estimator("floor"), shards, "six")
+    references, estimates = load(MixtureEstimator(), shards, "six")
     waveforms = tracks["six"][1].transpose(0, 2, 1)
     np.testing.assert_allclose(references, waveforms[1:], atol=1e-4)
     for estimate in estimates:
@@ -51,7 +60,7 @@ def test_the_floor_is_the_mixture(shards: Path, tracks: dict[str, tuple[str, np.
 
 
 def test_the_oracle_is_nearly_right(shards: Path) -> None:
-    references, estimates = load(Estimator("oracle"), shards, "six")
+    references, estimates = load(IdealRatioMask(), shards, "six")
     assert np.square(estimates - references).sum() < 0.01 * np.square(references).sum()
 
 
@@ -62,7 +71,7 @@ def test_a_run_separates_what_the_shards_hold(
     from flsep.trainer.inference.separate import TrackSeparator
 
     best = runs[approach].best
-    references, estimates = load(Estimator("run", best), shards, "five")
+    references, estimates = load(TrainedModel(best), shards, "five")
     assert estimates.shape == references.shape == (3, 20_000, 2)
     opened = Shards(shards)
     track = opened.tracks("test")[0]
@@ -77,13 +86,13 @@ def test_estimates_go_by_the_content_of_the_checkpoint(
 ) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(runs["none"].best.read_bytes())
-    identity = Estimator("run", runs["none"].best).identity()
-    assert Estimator("run", copy).identity() == identity
+    identity = TrainedModel(runs["none"].best).identity()
+    assert TrainedModel(copy).identity() == identity
     others = [
-        Estimator("run", copy, wiener=True),
-        Estimator("run", runs["concat"].best),
-        Estimator("floor"),
-        Estimator("oracle"),
+        TrainedModel(copy, wiener=True),
+        TrainedModel(runs["concat"].best),
+        MixtureEstimator(),
+        IdealRatioMask(),
     ]
     assert len({identity, *(other.identity() for other in others)}) == 5
 
@@ -92,16 +101,14 @@ def test_estimates_go_by_the_content_of_the_checkpoint(
 def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare museval; tests/trainer/test_cli.py runs it for real."""
 
-    def score(references: np.ndarray, estimates: np.ndarray, **options: Any) -> dict[str, Any]:
+    def score(
+        self: Museval, references: np.ndarray, estimates: np.ndarray, **options: Any
+    ) -> dict[str, Any]:
         assert references.shape == estimates.shape
         targets = [{"name": source, "frames": []} for source in options["sources"]]
-        return {
-            "targets": targets,
-            "track": options["name"],
-            "sample_rate_hz": options["sample_rate_hz"],
-        }
+        return {"targets": targets}
 
-    monkeypatch.setattr("flsep.trainer.scoring.bsseval.score_track", score)
+    monkeypatch.setattr(Museval, "score", score)
 
 
 def run_evaluate(estimator: Estimator, shards: Path, folder: Path, **changes: Any) -> Any:
@@ -118,14 +125,15 @@ def run_evaluate(estimator: Estimator, shards: Path, folder: Path, **changes: An
 def test_an_evaluation_is_complete_and_kept(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done, failed = run_evaluate(Estimator("floor"), shards, tmp_path)
+    done, failed = run_evaluate(MixtureEstimator(), shards, tmp_path)
     assert failed == []
     assert [json.loads(path.read_text())["track"] for path in done] == ["five", "six"]
     summary = json.loads((tmp_path / "evaluation.json").read_text())
     assert (summary["kind"], summary["split"], summary["num_tracks"]) == ("floor", "test", 2)
+    assert summary["engine"] == json.loads(done[0].read_text())["engine"] == "museval"
     times = [path.stat().st_mtime_ns for path in done]
     (tmp_path / "scores" / "old.json").write_text("{}")
-    again, _ = run_evaluate(Estimator("floor"), shards, tmp_path)
+    again, _ = run_evaluate(MixtureEstimator(), shards, tmp_path)
     assert [path.stat().st_mtime_ns for path in again] == times
     assert sorted((tmp_path / "scores").iterdir()) == sorted(done)
 
@@ -135,7 +143,7 @@ def test_an_evaluation_is_complete_and_kept(
 
     monkeypatch.setattr("flsep.trainer.scoring.evaluation.score_tracks", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_evaluate(Estimator("floor"), shards, tmp_path)
+        run_evaluate(MixtureEstimator(), shards, tmp_path)
     with pytest.raises(EvaluationError, match="not evaluated; run flsep-train evaluate --floor"):
         read_evaluation(tmp_path, kind="floor")
 
@@ -148,15 +156,15 @@ def test_a_track_that_fails_is_named(
 
     def fail(self: LoadTrack) -> Any:
         if self.track.name == "five":
-            raise ValueError("of some reason")
+            raise CacheError("no such audio")
         return inner(self)
 
     monkeypatch.setattr(LoadTrack, "__call__", fail)
-    done, failed = run_evaluate(Estimator("floor"), shards, tmp_path)
+    done, failed = run_evaluate(MixtureEstimator(), shards, tmp_path)
     assert len(done) == 1
-    assert [tuple(failure) for failure in failed] == [("five", "ValueError: of some reason")]
+    assert [tuple(failure) for failure in failed] == [("five", "no such audio")]
     assert json.loads((tmp_path / "evaluation.json").read_text())["failed"] == [
-        ["five", "ValueError: of some reason"]
+        ["five", "no such audio"]
     ]
 
 
@@ -164,10 +172,10 @@ def test_splits_that_cannot_be_scored(
     shards: Path, new_shards: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(CacheError, match=r"has no audio in .* --audio-splits naming 'valid'"):
-        run_evaluate(Estimator("floor"), shards, tmp_path, split="valid")
+        run_evaluate(MixtureEstimator(), shards, tmp_path, split="valid")
     folder = new_shards(tmp_path / "s", {"a": ("train", 1.0)})
     with pytest.raises(EvaluationError, match="no track in the split 'test'"):
-        run_evaluate(Estimator("floor"), folder, tmp_path / "out")
+        run_evaluate(MixtureEstimator(), folder, tmp_path / "out")
 
 
 def test_a_run_on_other_data_is_refused(runs: dict[str, Run], layout: Layout) -> None:
@@ -262,6 +270,10 @@ def test_what_cannot_be_compared_is_refused(evaluated: Callable[..., Evaluated])
         ),
         (evaluated("e", "fit.seed=1", fingerprint="g"), "shards of different configurations"),
         (evaluated("f"), "both approach 'none' with seed 0"),
+        (
+            evaluated("g", engine="toy"),
+            r"g and .*floor were scored with different engines .toy and m",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             compare_evaluations([run, other], floor=floor, oracle=None)
@@ -275,6 +287,47 @@ def test_evaluations_that_are_not_there(
     evaluated("floor", kind="floor")
     with pytest.raises(EvaluationError, match="holds scores of the floor, expected the oracle"):
         read_evaluation(tmp_path / "floor", kind="oracle")
-    (tmp_path / "floor" / "evaluation.json").write_text("{")
-    with pytest.raises(EvaluationError, match=r"not readable .* evaluate again"):
-        read_evaluation(tmp_path / "floor", kind="floor")
+    summary = tmp_path / "floor" / "evaluation.json"
+    for text, message in {
+        "{": "Expecting property name",
+        "[]": "no JSON object",
+        '{"format": "x"}': "format 'x' version None; expected 'flsep-evaluation' version 1",
+        summary.read_text().replace('"split"', '"splat"'): "lacks split",
+    }.items():
+        summary.write_text(text)
+        with pytest.raises(EvaluationError, match=rf"not readable \({message}.* evaluate again"):
+            read_evaluation(tmp_path / "floor", kind="floor")
+    with pytest.raises(EvaluationError, match=r"lacks config.approach.name, config.data.mixing"):
+        evaluated("run", config={"fit": {"seed": 1}})
+
+
+def test_runs_of_any_configuration_are_compared(evaluated: Callable[..., Evaluated]) -> None:
+    """An approach or a separator that this flsep does not know has fields of its own."""
+    floor = evaluated("floor", kind="floor")
+
+    def config(seed: int, **fields: Any) -> dict[str, Any]:
+        return {
+            "approach": {"name": "own", **fields},
+            "data": {"mixing": "random"},
+            "fit": {"seed": seed},
+        }
+
+    first = evaluated("a", config=config(0))
+    comparison = compare_evaluations(
+        [first, evaluated("b", config=config(1))], floor=floor, oracle=None
+    )
+    assert comparison.entries[1].seeds == (0, 1)
+    assert comparison.entries[1].approach == "own"
+    other = evaluated("c", config=config(1, depth=3))
+    with pytest.raises(EvaluationError, match=r"differ in approach.depth \(None, 3\): name one"):
+        compare_evaluations([first, other], floor=floor, oracle=None)
+
+
+def test_comparing_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "import flsep.trainer.scoring.evaluation, flsep.trainer.study.rows\n"
+        "import flsep.trainer.study.tables\n"
+        "assert not {'torch', 'flsep.trainer.config', 'museval'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from flsep.trainer.errors import ComparisonError
-from flsep.trainer.scoring.bsseval import prepare_museval
-from flsep.trainer.study.comparison import (
-    MEAN_OF_MEDIANS,
-    METRICS,
-    Comparison,
-    Scores,
-    compare_scores,
+from flsep.trainer.scoring.museval_engine import Museval
+from flsep.trainer.study.comparison import MEAN_OF_MEDIANS, Comparison, compare_scores
+from flsep.trainer.study.scores import METRICS, Scores
+from flsep.trainer.study.tables import (
+    format_csv,
+    format_json,
+    format_markdown,
+    format_text,
+    save,
 )
 
 NAN = float("nan")
@@ -54,7 +56,7 @@ concat                       5.75   6.75   7.75   8.75
 
 @pytest.fixture(scope="module")
 def museval():
-    prepare_museval()
+    Museval().prepare()
     return importlib.import_module("museval")
 
 
@@ -171,8 +173,8 @@ def test_frames_are_chosen_per_source(tmp_path, floor):
     assert sdr_of(comparison, "odd", "vocals") == 1.0
     assert sdr_of(comparison, "odd", "bass") == 3.25
     assert comparison.entries[1].num_scored_frames == 1
-    assert "vocals (1 of 7 frames, 1 of 2 tracks)" in comparison.to_text()
-    assert "only these count: 1 to 6 of 7" in comparison.to_text()
+    assert "vocals (1 of 7 frames, 1 of 2 tracks)" in format_text(comparison)
+    assert "only these count: 1 to 6 of 7" in format_text(comparison)
 
 
 def test_one_infinite_metric_leaves_the_frame_out(tmp_path, floor):
@@ -215,13 +217,13 @@ def test_seeds_make_one_row_with_its_spread(tmp_path, floor):
     assert none.improvement_db == 9.0
     assert comparison.entries[2].difference_to_none_db == 0.0
 
-    lines = comparison.to_text().splitlines()
+    lines = format_text(comparison).splitlines()
     assert " ".join(lines[5].split()) == "none 3 4.00 2.00..5.00 +9.00 - 7"
     vocals = [" ".join(line.split()) for line in lines if line][7:]
     assert vocals[0] == "vocals (6 of 7 frames, 2 of 2 tracks)"
     assert vocals[3] == "none 2.00 3.00 4.00 5.00"
     assert vocals[4] == "min..max 1.00..3.00 2.00..4.00 3.00..5.00 4.00..6.00"
-    assert "| 2.00 (1.00..3.00) | 3.00 (2.00..4.00) |" in comparison.to_markdown()
+    assert "| 2.00 (1.00..3.00) | 3.00 (2.00..4.00) |" in format_markdown(comparison)
 
 
 def test_oracle_is_the_last_row_and_takes_part_in_the_frames(tmp_path, floor, plain):
@@ -277,7 +279,7 @@ def test_reads_a_folder_that_museval_itself_wrote(tmp_path, museval):
 
 
 def test_text_table(floor, plain, concat):
-    assert compare_scores([plain, concat], floor=floor).to_text() == TEXT
+    assert format_text(compare_scores([plain, concat], floor=floor)) == TEXT
 
 
 def test_text_stays_within_100_columns(tmp_path):
@@ -288,7 +290,7 @@ def test_text_stays_within_100_columns(tmp_path):
         run(tmp_path / "a", long, 0, {"t": sources}),
         run(tmp_path / "b", long, 1, {"t": other}),
     ]
-    text = compare_scores(runs, floor=runs[0]).to_text()
+    text = format_text(compare_scores(runs, floor=runs[0]))
     assert max(map(len, text.splitlines())) == 100
     assert "an approach with a very l…" in text
     assert "-123.46..-99.11" in text
@@ -296,7 +298,7 @@ def test_text_stays_within_100_columns(tmp_path):
 
 def test_csv_and_json_hold_every_figure(floor, plain, concat):
     comparison = compare_scores([plain, concat], floor=floor)
-    rows = list(csv.DictReader(io.StringIO(comparison.to_csv())))
+    rows = list(csv.DictReader(io.StringIO(format_csv(comparison))))
     assert len(rows) == 3 * 3 * 4
     (row,) = [
         row
@@ -309,7 +311,7 @@ def test_csv_and_json_hold_every_figure(floor, plain, concat):
         "2",
         "7",
     )
-    stored = json.loads(comparison.to_json())
+    stored = json.loads(format_json(comparison))
     assert stored["entries"][2]["values"]["vocals"]["SDR"] == {
         "median": 6.5,
         "minimum": 6.5,
@@ -322,16 +324,16 @@ def test_csv_and_json_hold_every_figure(floor, plain, concat):
 
 def test_markdown_escapes_what_would_break_the_table(tmp_path, floor, plain):
     scores = dataclasses.replace(plain, approach="a|b")
-    lines = compare_scores([scores], floor=floor).to_markdown().splitlines()
+    lines = format_markdown(compare_scores([scores], floor=floor)).splitlines()
     assert any(line.startswith("| a\\|b | 1 | 4.50 | - | +9.50 | - | 5 |") for line in lines)
 
 
 def test_save_writes_four_files_and_the_same_ones_again(tmp_path, floor, plain, concat):
     folder = tmp_path / "out" / "here"
-    compare_scores([plain, concat], floor=floor).save(folder)
+    save(compare_scores([plain, concat], floor=floor), folder)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(first) == [f"comparison.{end}" for end in ("csv", "json", "md", "txt")]
-    compare_scores([plain, concat], floor=floor).save(folder)
+    save(compare_scores([plain, concat], floor=floor), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
@@ -389,7 +391,7 @@ class TestRefuses:
     )
     def test_a_file_that_is_no_result(self, floor, plain, text):
         (plain.folder / "two.json").write_text(text)
-        with pytest.raises(ComparisonError, match=r"two\.json is no museval result"):
+        with pytest.raises(ComparisonError, match=r"two\.json is not a museval result"):
             compare_scores([plain], floor=floor)
 
     def test_sources_of_different_lengths_or_none(self, floor, plain):
