@@ -169,7 +169,7 @@ def test_own_frames_are_told_from_others() -> None:
     ("number", "message"),
     [
         (signal.SIGUSR1, "Stopped by SIG"),
-        (signal.SIGKILL, "Error: another process of this training is gone; see what it said"),
+        (signal.SIGKILL, "Error: another process of this training has ended; see its message"),
     ],
 )
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(

@@ -240,7 +240,9 @@ class TestScoreTracks:
         assert json.loads(path.read_text()) == stored
 
     def test_an_unknown_engine_is_named(self, tmp_path):
-        with pytest.raises(ConfigError, match="no scoring engine 'mir'; there are museval"):
+        with pytest.raises(
+            ConfigError, match="unknown scoring engine 'mir'; expected one of museval"
+        ):
             score_tracks([], tmp_path, engine="mir", num_workers=0)
 
     def test_shows_progress_on_request(self, audio, tmp_path, capfd):
