@@ -159,8 +159,14 @@ def _section(title: str, section: str, kind: Any, recipes: dict[str, TrainConfig
 
 
 def read_attributes(kind: type) -> dict[str, str]:
-    """Return the meaning of each attribute, from the section Attributes of a class's docstring."""
-    text = inspect.getdoc(kind) or ""
+    """Return the meaning of each attribute, from the docstrings of a class and its bases."""
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        meanings |= _read_listing(inspect.cleandoc(base.__doc__ or ""))
+    return meanings
+
+
+def _read_listing(text: str) -> dict[str, str]:
     _, _, listing = text.partition("Attributes\n----------\n")
     meanings: dict[str, str] = {}
     for names, body in re.findall(r"^(\w[\w, ]*) : .*\n((?:[ ]{4}.*\n?)+)", listing, re.MULTILINE):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flsep.cache import Layout, Statistics
-from flsep.trainer.approaches.interface import Approach, Needs
+from flsep.trainer.approaches.interface import Approach, Needs, Sizes
 from flsep.trainer.config import ApproachConfig, SeparatorConfig
 from flsep.trainer.scoring.engine import Engine
 from flsep.trainer.separators.interface import Separation, SeparationLoss, Separator
@@ -99,8 +99,8 @@ class Loudness(Approach):
     Config = LoudnessConfig
     condition_size = 1
 
-    def __init__(self, config: ApproachConfig, **sizes: Any) -> None:
-        super().__init__(config, **sizes)
+    def __init__(self, config: ApproachConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
         assert isinstance(config, LoudnessConfig)
         self.weight = config.weight
 

@@ -51,12 +51,12 @@ class SeparatorConfig(Section):
     Attributes
     ----------
     name : str
-        Name of the separator in `flsep.trainer.registry`; a subclass sets the default.
+        Name of the separator.
     """
 
     section: ClassVar[str] = "separator"
 
-    name: str = field(default="", init=False)
+    name: str = field(default="", init=False)  # a subclass sets its name in the registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +66,12 @@ class ApproachConfig(Section):
     Attributes
     ----------
     name : str
-        Name of the approach in `flsep.trainer.registry`; a subclass sets the default.
+        Name of the approach.
     """
 
     section: ClassVar[str] = "approach"
 
-    name: str = field(default="", init=False)
+    name: str = field(default="", init=False)  # a subclass sets its name in the registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

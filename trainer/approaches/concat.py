@@ -5,13 +5,18 @@ Shape suffixes: B batch, N frames, W windows, P features of the projected embedd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
-from flsep.trainer.approaches.interface import Approach, Needs, TeacherSignal, check_embeddings
+from flsep.trainer.approaches.interface import (
+    Approach,
+    Needs,
+    Sizes,
+    TeacherSignal,
+    check_embeddings,
+)
 from flsep.trainer.config import ApproachConfig
 from flsep.trainer.teacher import TeacherWindows
 
@@ -22,8 +27,6 @@ class ConcatenationConfig(ApproachConfig):
 
     Attributes
     ----------
-    name : {'concat'}
-        Name of the approach.
     teacher_signal : {'mixture'}
         Signal whose embeddings are used.
     projection_size : int
@@ -49,21 +52,12 @@ class Concatenation(Approach):
 
     Config = ConcatenationConfig
 
-    def __init__(
-        self,
-        config: ApproachConfig,
-        *,
-        embedding_size: int,
-        latent_sizes: Mapping[str, int],
-        sources: tuple[str, ...],
-    ) -> None:
+    def __init__(self, config: ApproachConfig, sizes: Sizes) -> None:
         assert isinstance(config, ConcatenationConfig)
-        super().__init__(
-            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
-        )
+        super().__init__(config, sizes)
         self.condition_size = config.projection_size
         # Tanh gives the range of X-UMX's latent, which the projection is concatenated to.
-        self.project = nn.Sequential(nn.Linear(embedding_size, config.projection_size), nn.Tanh())
+        self.project = nn.Sequential(nn.Linear(sizes.embedding, config.projection_size), nn.Tanh())
 
     @classmethod
     def needs(cls, config: ApproachConfig) -> Needs:

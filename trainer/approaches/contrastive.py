@@ -9,7 +9,6 @@ Shape suffixes: D latent, E embedding; M compared windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flsep.trainer.approaches.interface import Sizes
 from flsep.trainer.approaches.regularizer import COSINE_EPSILON, Regularizer, RegularizerConfig
 from flsep.trainer.config import ApproachConfig
 
@@ -32,14 +32,6 @@ class ContrastiveConfig(RegularizerConfig):
 
     Attributes
     ----------
-    name : {'contrastive'}
-        Name of the approach.
-    teacher_signal : {'mixture', 'stems'}
-        Signal whose embeddings are used.
-    weight : float
-        Factor of the regularizer, > 0.
-    silence_db : float
-        Windows quieter than this, in dBFS, are not compared.
     temperature : float
         Divisor of the cosine similarities, > 0.
     projection_size : int
@@ -61,26 +53,17 @@ class Contrastive(Regularizer):
 
     Config = ContrastiveConfig
 
-    def __init__(
-        self,
-        config: ApproachConfig,
-        *,
-        embedding_size: int,
-        latent_sizes: Mapping[str, int],
-        sources: tuple[str, ...],
-    ) -> None:
+    def __init__(self, config: ApproachConfig, sizes: Sizes) -> None:
         assert isinstance(config, ContrastiveConfig)
-        super().__init__(
-            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
-        )
+        super().__init__(config, sizes)
         self.temperature = config.temperature
         latent = self.needs(config).latent
         assert latent is not None
         # Only the latent is projected: the teacher's space stays as it is.
         self.project = nn.Sequential(
-            nn.Linear(latent_sizes[latent], config.projection_size),
+            nn.Linear(sizes.latents[latent], config.projection_size),
             nn.ReLU(),
-            nn.Linear(config.projection_size, embedding_size),
+            nn.Linear(config.projection_size, sizes.embedding),
         )
 
     def compare(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:

@@ -20,19 +20,7 @@ from flsep.trainer.approaches.regularizer import COSINE_EPSILON, Regularizer, Re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistanceConfig(RegularizerConfig):
-    """Distance-based regularization.
-
-    Attributes
-    ----------
-    name : {'distance'}
-        Name of the approach.
-    teacher_signal : {'mixture', 'stems'}
-        Signal whose embeddings are used.
-    weight : float
-        Factor of the regularizer, > 0.
-    silence_db : float
-        Windows quieter than this, in dBFS, are not compared.
-    """
+    """Distance-based regularization."""
 
     name: Literal["distance"] = field(default="distance", init=False)
 

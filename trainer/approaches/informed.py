@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flsep.cache import Layout, Statistics
-from flsep.trainer.approaches.interface import Approach
+from flsep.trainer.approaches.interface import Approach, Sizes
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.registry import APPROACHES, SEPARATORS, load
 from flsep.trainer.separators.interface import Separation, Separator
@@ -60,12 +60,15 @@ def build_model(
     """
     separator_class = load(SEPARATORS, config.separator.name, "separator")
     approach_class = load(APPROACHES, config.approach.name, "approach")
+    # Seeding twice gives the separator the same weights, however many the approach draws.
     torch.manual_seed(config.fit.seed)
     approach: Approach = approach_class(
         config.approach,
-        embedding_size=layout.embedding_size,
-        latent_sizes=separator_class.latent_sizes(config.separator),
-        sources=layout.sources,
+        Sizes(
+            embedding=layout.embedding_size,
+            latents=separator_class.latent_sizes(config.separator),
+            sources=layout.sources,
+        ),
     )
     torch.manual_seed(config.fit.seed)
     separator: Separator = separator_class(

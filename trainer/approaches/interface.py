@@ -39,6 +39,25 @@ class Needs:
     latent: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Sizes that the teacher and the separator give an approach.
+
+    Attributes
+    ----------
+    embedding : int
+        Number of dimensions of the teacher's embeddings.
+    latents : mapping of str to int
+        Number of features of each of the separator's latents.
+    sources : tuple of str
+        The separator's sources, in its order.
+    """
+
+    embedding: int
+    latents: Mapping[str, int]
+    sources: tuple[str, ...]
+
+
 class Approach(nn.Module):
     """Base class of approaches: gives a condition, a regularizer, both or neither.
 
@@ -48,12 +67,8 @@ class Approach(nn.Module):
     ----------
     config : ApproachConfig
         An instance of `Config`.
-    embedding_size : int
-        Number of dimensions of the teacher's embeddings.
-    latent_sizes : mapping of str to int
-        Number of features of each of the separator's latents.
-    sources : tuple of str
-        The separator's sources, in its order.
+    sizes : Sizes
+        Sizes of what it has to do with.
 
     Attributes
     ----------
@@ -69,14 +84,7 @@ class Approach(nn.Module):
     condition_size: int = 0
     weight: float = 0.0
 
-    def __init__(
-        self,
-        config: ApproachConfig,
-        *,
-        embedding_size: int,
-        latent_sizes: Mapping[str, int],
-        sources: tuple[str, ...],
-    ) -> None:
+    def __init__(self, config: ApproachConfig, sizes: Sizes) -> None:
         super().__init__()
 
     @classmethod

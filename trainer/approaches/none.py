@@ -11,13 +11,7 @@ from flsep.trainer.config import ApproachConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoTeacherConfig(ApproachConfig):
-    """No teacher.
-
-    Attributes
-    ----------
-    name : {'none'}
-        Name of the approach.
-    """
+    """No teacher."""
 
     name: Literal["none"] = field(default="none", init=False)
 

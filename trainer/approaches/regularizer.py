@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flsep.trainer.approaches.interface import Approach, Needs, TeacherSignal, check_embeddings
+from flsep.trainer.approaches.interface import (
+    Approach,
+    Needs,
+    Sizes,
+    TeacherSignal,
+    check_embeddings,
+)
 from flsep.trainer.config import ApproachConfig
 from flsep.trainer.parallel import gather_rows
 from flsep.trainer.teacher import TeacherWindows
@@ -58,21 +64,12 @@ class Regularizer(Approach):
 
     Config = RegularizerConfig
 
-    def __init__(
-        self,
-        config: ApproachConfig,
-        *,
-        embedding_size: int,
-        latent_sizes: Mapping[str, int],
-        sources: tuple[str, ...],
-    ) -> None:
+    def __init__(self, config: ApproachConfig, sizes: Sizes) -> None:
         assert isinstance(config, RegularizerConfig)
-        super().__init__(
-            config, embedding_size=embedding_size, latent_sizes=latent_sizes, sources=sources
-        )
+        super().__init__(config, sizes)
         self.config = config
         self.weight = config.weight
-        self.num_stems = len(sources) if config.teacher_signal == "stems" else None
+        self.num_stems = len(sizes.sources) if config.teacher_signal == "stems" else None
 
     @classmethod
     def needs(cls, config: ApproachConfig) -> Needs:

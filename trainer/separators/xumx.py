@@ -37,8 +37,6 @@ class XumxConfig(SeparatorConfig):
 
     Attributes
     ----------
-    name : {'xumx'}
-        Name of the separator.
     hidden_size : int
         Width of encoders and decoders, even; the BLSTM has half of it in each direction.
     num_layers : int
@@ -281,8 +279,10 @@ class XUMX(Separator):
 
     def _decode(self, latent_NBX: Tensor) -> Tensor:
         num_sources, size = len(self.sources), latent_NBX.shape[:2]
+        # All sources share the input, so the first layer is one product for all of them.
         hidden_NBX = self.decoder_norm(F.linear(latent_NBX, self.decoder_SHD.flatten(0, 1)))
         hidden_MSH = torch.relu(hidden_NBX).unflatten(-1, (num_sources, -1)).flatten(0, 1)
+        # In the second layer each source has an input of its own: a product for each source.
         output_SMX = torch.bmm(hidden_MSH.transpose(0, 1), self.output_SXH.mT)
         output_NBX = output_SMX.transpose(0, 1).flatten(1).unflatten(0, size)
         # Scale and shift go into batch norm's own, (g y + b) s + m = (g s) y + (b s + m).

@@ -9,7 +9,7 @@ from small_models import build_xumx, make_layout
 
 from flsep.trainer.approaches.contrastive import contrastive_loss
 from flsep.trainer.approaches.distance import distance_loss
-from flsep.trainer.approaches.interface import require_possible
+from flsep.trainer.approaches.interface import Sizes, require_possible
 from flsep.trainer.approaches.regularizer import pool_windows
 from flsep.trainer.config import DataConfig, TrainConfig, configure_approach
 from flsep.trainer.errors import ConfigError
@@ -36,9 +36,7 @@ def build(name, teacher_signal="mixture", **changes):
     torch.manual_seed(1)
     return load(APPROACHES, name, "approach")(
         configure_approach(name, **settings | changes),
-        embedding_size=EMBEDDING_SIZE,
-        latent_sizes={"shared": 16, "sources": 16},
-        sources=SOURCES,
+        Sizes(embedding=EMBEDDING_SIZE, latents={"shared": 16, "sources": 16}, sources=SOURCES),
     )
 
 
