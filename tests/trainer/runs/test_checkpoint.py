@@ -113,7 +113,7 @@ def rewrite(path: Path, **changes: object) -> None:
         ({"version": 1}, "checkpoint version 1, this flsep reads 2"),
         ({"format": "other"}, "its header is not readable .format 'other'"),
         ({"config": {}}, "its header is not readable .stored configuration: section 'separator'"),
-        ({"layout": {"n_fft": 3}}, "its header is not readable .layout has the fields"),
+        ({"layout": {"n_fft": 3}}, "its header is not readable .Layout has the fields"),
         ({"standard": {"mean": []}}, "its header is not readable .'scale'"),
     ],
 )
