@@ -28,8 +28,8 @@ from flsep.cache import (
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data.excerpts import draw_excerpts
 from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.preloaded import PreloadedShards, wanted_signals
 from flsep.trainer.data.reader import Reader
-from flsep.trainer.data.resident import Resident, wanted_signals
 from flsep.trainer.training.launch import keep_freed_memory
 
 LAYOUT = Layout(
@@ -107,15 +107,15 @@ class Reading:
             grid, tracks, DataConfig(excerpts_per_track=self.num_excerpts), 0
         )
         self.reader = Reader(shards, grid, "mixture")
-        resident = Resident(
+        preloaded = PreloadedShards(
             shards,
             wanted_signals(LAYOUT, "original", tracks, ()),
             torch.device("cpu"),
             teacher_signal="mixture",
             num_threads=2,
         )
-        self.resident_reader = Reader(resident, grid, "mixture")
-        self.source = resident.frames.numpy()
+        self.preloaded_reader = Reader(preloaded, grid, "mixture")
+        self.source = preloaded.frames.numpy()
         shape = (batch_size, 5, grid.num_frames, *self.source.shape[1:])
         self.buffers = [np.zeros(shape, np.float16) for _ in range(2)]
         self.num_bytes = num_batches * self.buffers[0].nbytes
@@ -159,7 +159,7 @@ def test_reading(
             "plain copy": partial(reading.copy, num_workers),
             "load_batches": partial(reading.load, reading.reader, num_workers),
             # Not copied here: `assemble` gathers it from where it is.
-            "load_batches, resident": partial(reading.load, reading.resident_reader, num_workers),
+            "load_batches, preloaded": partial(reading.load, reading.preloaded_reader, num_workers),
         }
         seconds = best_seconds(*ways.values(), rounds=7)
         for name, spent in zip(ways, seconds, strict=True):
@@ -170,7 +170,7 @@ def test_reading(
                     str(num_workers),
                     name,
                     f"{rate:.0f}",
-                    *(("-", "-") if name.endswith("resident") else copied),
+                    *(("-", "-") if name.endswith("preloaded") else copied),
                 )
             )
     num_seconds = shards.tracks("train")[0].num_samples / LAYOUT.sample_rate_hz

@@ -28,6 +28,7 @@ from flsep.cache import (
 from flsep.trainer.approaches.informed import InformedSeparator, build_model
 from flsep.trainer.config import DataConfig, TrainConfig
 from flsep.trainer.data.batch import Batch
+from flsep.trainer.data.buffer import Buffer
 from flsep.trainer.data.excerpts import draw_excerpts
 from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.reader import Reader
@@ -68,14 +69,20 @@ def make_batch(layout: Layout, seconds: float, size: int, device: torch.device) 
     num_signals = len(layout.signals)
     generator = torch.Generator().manual_seed(0)
     shape = (num_signals * size * num_frames, layout.num_channels, layout.num_bins, 2)
-    starts = torch.arange(0, shape[0], num_frames).view(num_signals, size)
+    buffer = Buffer.allocate(
+        {
+            "frames": (torch.float16, shape),
+            "starts": (torch.int64, (num_signals, size)),
+            "swaps": (torch.bool, (num_signals, size)),
+        },
+        pin=False,
+    )
+    buffer.tensors["frames"].copy_(torch.randn(shape, generator=generator))
+    torch.arange(0, shape[0], num_frames, out=buffer.tensors["starts"].view(-1))
+    buffer.tensors["swaps"].zero_()
     return Batch(
-        frames=torch.randn(shape, generator=generator).half().to(device),
-        starts=starts.to(device),
-        swaps=torch.zeros(num_signals, size, dtype=torch.bool, device=device),
-        gains=None,
-        windows=None,
-        buffer=torch.empty(0, dtype=torch.uint8, device=device),
+        buffer=buffer.to(device),
+        preloaded_frames=None,
         num_frames=num_frames,
         names=("noise",) * size,
         num_in_all=size,

@@ -6,19 +6,18 @@ T samples, N frames, F bins.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from flsep.trainer.data.buffer import Buffer
 from flsep.trainer.stft import synthesise
 from flsep.trainer.teacher import TeacherWindows
 
-_ALIGNMENT_BYTES = 256
+WINDOW_FIELDS = tuple(field.name for field in dataclasses.fields(TeacherWindows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +26,20 @@ class Batch:
 
     Attributes
     ----------
-    frames : Tensor
-        float16 or float32 [frame, channel, bin, 2]: frames of the mixture and the sources, or of
-        the sources alone where `gains` are given. Those of an excerpt of a signal are neighbours.
-        They lie in `buffer`, or are the memory of a `Resident`.
-    starts : Tensor
-        Where in `frames` each excerpt of each signal starts, int64 [signal, batch].
-    swaps : Tensor
-        Whether its channels are reversed, bool [signal, batch].
-    gains : Tensor or None
-        float32 [source, batch].
-    windows : TeacherWindows or None
-        Where a teacher's signal was asked for.
-    buffer : Tensor
-        uint8 [byte]: what all of the tensors above are views of, so that they move as one.
+    buffer : Buffer
+        The tensors that the properties return, but for preloaded frames.
+    preloaded_frames : Tensor or None
+        The frames of `PreloadedShards`, if excerpts are gathered from there.
     num_frames : int
-        Of an excerpt.
+        Number of frames of an excerpt.
     names : tuple of str
-        Where each excerpt comes from, for messages.
+        Track and time of each excerpt, for messages.
     num_in_all : int
-        Excerpts of the batch in all its parts, of which this may be one.
+        Number of excerpts in the batches of all ranks together.
     """
 
-    frames: Tensor
-    starts: Tensor
-    swaps: Tensor
-    gains: Tensor | None
-    windows: TeacherWindows | None
-    buffer: Tensor
+    buffer: Buffer
+    preloaded_frames: Tensor | None
     num_frames: int
     names: tuple[str, ...]
     num_in_all: int
@@ -62,33 +47,42 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def frames(self) -> Tensor:
+        """float16 or float32 [frame, channel, bin, 2]: real and imaginary parts, as stored.
+
+        Frames of the mixture and the sources, or of the sources alone if there are `gains`. The
+        frames of one signal of an excerpt are neighbours.
+        """
+        preloaded = self.preloaded_frames
+        return self.buffer.tensors["frames"] if preloaded is None else preloaded
+
+    @property
+    def starts(self) -> Tensor:
+        """Index in `frames` at which each signal of each excerpt starts, int64 [signal, batch]."""
+        return self.buffer.tensors["starts"]
+
+    @property
+    def swaps(self) -> Tensor:
+        """Whether the channels are reversed, bool [signal, batch]."""
+        return self.buffer.tensors["swaps"]
+
+    @property
+    def gains(self) -> Tensor | None:
+        """Gain of each source, float32 [source, batch]; None leaves the tracks' own mixture."""
+        return self.buffer.tensors.get("gains")
+
+    @property
+    def windows(self) -> TeacherWindows | None:
+        """The teacher's windows; None without a teacher."""
+        tensors = self.buffer.tensors
+        if "embeddings" not in tensors:
+            return None
+        return TeacherWindows(**{name: tensors[name] for name in WINDOW_FIELDS})
+
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device; asynchronously on the current stream where the memory is pinned."""
-        return self.over(self.buffer.to(device, non_blocking=True))
-
-    def over(self, buffer: Tensor) -> Batch:
-        """Return this batch over a copy of its buffer."""
-        begin = self.buffer.data_ptr()
-
-        def follow(tensor: Tensor) -> Tensor:
-            start = tensor.data_ptr() - begin
-            if not 0 <= start < self.buffer.nbytes:
-                return tensor  # a Resident's
-            return buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-        windows = self.windows
-        if windows is not None:
-            names = TeacherWindows.__dataclass_fields__
-            windows = TeacherWindows(**{name: follow(getattr(windows, name)) for name in names})
-        return replace(
-            self,
-            frames=follow(self.frames),
-            starts=follow(self.starts),
-            swaps=follow(self.swaps),
-            gains=None if self.gains is None else follow(self.gains),
-            windows=windows,
-            buffer=buffer,
-        )
+        """Copy the buffer to a device, as `Buffer.to`; preloaded frames are there already."""
+        return replace(self, buffer=self.buffer.to(device))
 
     @property
     def stft(self) -> Tensor:
@@ -107,20 +101,20 @@ class Batch:
 
 
 class Example(NamedTuple):
-    """A batch on the device, mixed: what a separator is trained with.
+    """A mixed batch on the device: what a separator is trained with.
 
     Attributes
     ----------
     mixture_NBCF : Tensor
-        Spectrum, complex64.
+        Spectrum of the mixture, complex64.
     mixture_BCT : Tensor
-        Waveform, float32.
+        Waveform of the mixture, float32.
     references_SNBCF : Tensor
         Spectra of the sources, complex64.
     references_SBCT : Tensor
-        Their waveforms, float32.
+        Waveforms of the sources, float32.
     windows : TeacherWindows or None
-        Of the teacher.
+        The teacher's windows.
     """
 
     mixture_NBCF: Tensor
@@ -130,44 +124,16 @@ class Example(NamedTuple):
     windows: TeacherWindows | None
 
 
-def allocate_together(
-    pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, pin: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Allocate one buffer, and tensors of the given dtypes and shapes that are views of it.
-
-    Page-locked blocks are kept and used again by torch, each after the copies from it are done.
-    """
-    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in pieces.values()]
-    ends = np.cumsum([-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in sizes])
-    buffer = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin)
-    tensors = {}
-    for (name, (dtype, shape)), size, start in zip(
-        pieces.items(), sizes, [0, *ends[:-1]], strict=True
-    ):
-        tensors[name] = buffer[int(start) : int(start) + size].view(dtype).view(shape)
-    return buffer, tensors
-
-
 def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
     """Bring a batch to the device, apply gains, mix, and transform back to waveforms.
 
-    Parameters
-    ----------
-    batch : Batch
-        From `load_batches`.
-    device : torch.device
-        Where to compute; nothing is copied where the batch is there.
-    hop_samples : int
-        Of the STFT.
-
-    Returns
-    -------
-    Example
-        Waveforms have ``(frames - 1) * hop_samples`` samples.
+    Waveforms have ``(num_frames - 1) * hop_samples`` samples. A batch that is on the device
+    already is not copied.
     """
     batch = batch.to(device)
     spectra_GNBCF = torch.view_as_complex(batch.stft.float())
     if batch.gains is None:
+        # The tracks' own mixture, which need not be the sum of the stems.
         waveforms_GBCT = synthesise(spectra_GNBCF, hop_samples)
         mixture_NBCF, sources_SNBCF = spectra_GNBCF[0], spectra_GNBCF[1:]
         mixture_BCT, sources_SBCT = waveforms_GBCT[0], waveforms_GBCT[1:]

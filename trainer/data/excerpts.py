@@ -1,4 +1,4 @@
-"""Which excerpts there are: each depends on (seed, epoch, index) alone.
+"""The excerpts of an epoch; each depends on (seed, epoch, index) alone.
 
 Excerpts start on the teacher's grid: an excerpt that starts at window ``k`` starts at the first
 frame of that window.
@@ -17,17 +17,17 @@ from flsep.trainer.parallel import Part
 
 
 def smallest_batch(num_excerpts: int, batch_size: int) -> int:
-    """Return how many excerpts the last batch of an epoch has: the others have `batch_size`."""
+    """Return the number of excerpts in the last batch of an epoch; the others have `batch_size`."""
     return num_excerpts - (num_excerpts - 1) // batch_size * batch_size
 
 
 class Excerpts(Protocol):
-    """Which excerpts an epoch has."""
+    """The excerpts of an epoch."""
 
     def __len__(self) -> int: ...
 
     def draw(self, epoch: int, index: int) -> Draw:
-        """Return one excerpt of an epoch; it depends on nothing but the arguments and the seed."""
+        """Return one excerpt of an epoch; it depends only on the arguments and the seed."""
 
 
 def draw_excerpts(
@@ -37,32 +37,32 @@ def draw_excerpts(
     seed: int,
     rendered: RenderedMixes | None = None,
 ) -> Excerpts:
-    """Return the training excerpts under the mixing that is wanted.
+    """Return the training excerpts under the mixing of the configuration.
 
     Parameters
     ----------
     grid : Grid
-        Says where excerpts can start.
+        Length and possible starts of the excerpts.
     tracks : sequence of TrackRecord
-        Those of the training split that can hold an excerpt.
+        Tracks of the training split that can hold an excerpt.
     config : DataConfig
         Mixing, number of excerpts, gain, swap.
     seed : int
-        Decides the excerpts, unless they are rendered.
+        Seed of the excerpts, unless they are rendered.
     rendered : RenderedMixes, optional
-        Of these tracks.
+        Rendered mixes of these tracks.
 
     Raises
     ------
     DataError
         If rendered mixes are missing, not wanted, or made with other settings.
     CacheError
-        If files of them are missing or truncated.
+        If files of rendered mixes are missing or truncated.
     """
     if config.mixing == "rendered":
         if rendered is None:
             raise DataError(
-                "--mixing rendered: say with --mixes where flsep-precompute mixes wrote them"
+                "--mixing rendered needs --mixes FOLDER, which flsep-precompute mixes has written"
             )
         _check_rendered(rendered, config)
         return rendered
@@ -88,10 +88,12 @@ def draw_excerpts(
 
 
 def _check_rendered(rendered: RenderedMixes, config: DataConfig) -> None:
+    """Refuse mixes of another split or other settings, or whose files are missing."""
     mixes = rendered.mixes
     if mixes.config.split != "train":
         raise DataError(
-            f"{mixes.folder}: mixes of the split {mixes.config.split!r}, not of 'train'"
+            f"{mixes.folder}: mixes of the split {mixes.config.split!r}; expected 'train': render "
+            "others"
         )
     gains = ("min_gain", "max_gain", "swap_probability")
     for name in ("excerpt_seconds", "excerpts_per_track", *gains):
@@ -105,23 +107,23 @@ def _check_rendered(rendered: RenderedMixes, config: DataConfig) -> None:
 
 
 class OriginalExcerpts:
-    """Excerpts of the tracks as they are: as many of each in every epoch, in random order.
+    """Excerpts of the tracks as they are: the same number from each, in random order.
 
-    Both channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs
-    to the unchanged mixture.
+    The channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs to
+    the unchanged mixture.
 
     Parameters
     ----------
     grid : Grid
-        Says where excerpts can start.
+        Length and possible starts of the excerpts.
     tracks : sequence of TrackRecord
         Tracks that can hold an excerpt.
     excerpts_per_track : int
-        An epoch has this many of each.
+        Number of excerpts of each track in an epoch.
     swap_probability : float
-        Of reversing the order of the channels.
+        Probability that the channels are reversed.
     seed : int
-        With the epoch and the index it decides an excerpt.
+        Decides an excerpt, together with the epoch and the index.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class OriginalExcerpts:
         return Draw((place,), (bool(rng.random() < self._swap_probability),), None)
 
     def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the order of an epoch's excerpts; that of the last epoch asked for is kept."""
         if self._order is None or self._order[0] != epoch:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self))
             self._order = epoch, order
@@ -160,19 +163,20 @@ class OriginalExcerpts:
 class ConsecutiveExcerpts:
     """The validation excerpts: whole tracks, as they are, the same in every epoch.
 
-    Each excerpt starts at the last window that leaves no gap to the one before, and the last one
-    of a track as late as it can; all are equally long and count the same.
+    Each excerpt starts at the last window that leaves no gap after the excerpt before. The last
+    excerpt of a track starts as late as possible. All have the same length and weight.
     """
 
     def __init__(self, grid: Grid, tracks: Sequence[TrackRecord]) -> None:
         self._tracks = tracks
         self._last = np.array([len(grid.starts(track)) - 1 for track in tracks], np.int64)
-        # Tracks differ only in where they end: all start at the windows of one path.
+        # Tracks differ only in their ends, so that one path of start windows serves all of them.
         longest = int(self._last.max(initial=0))
         path = [0]
         while path[-1] < longest:
             end = grid.first_frame(path[-1]) + grid.num_frames
             following = grid.last_start(end)
+            # At least one window on, even if windows are longer than excerpts.
             path.append(min(max(path[-1] + 1, following), longest))
         self._path = np.array(path, np.int64)
         self._ends = np.cumsum(np.searchsorted(self._path, self._last) + 1)
@@ -184,6 +188,7 @@ class ConsecutiveExcerpts:
         """Return one excerpt."""
         if not 0 <= index < len(self):
             raise IndexError(f"excerpt {index} of {len(self)}")
+        # First the track that holds the index, then the place within the track.
         number = int(np.searchsorted(self._ends, index, "right"))
         position = index - (int(self._ends[number - 1]) if number else 0)
         window = min(int(self._path[position]), int(self._last[number]))
@@ -191,29 +196,30 @@ class ConsecutiveExcerpts:
 
 
 class BatchesOfRank:
-    """Whole batches for each process in turn, where no step makes the processes wait.
+    """Excerpts of the whole batches that one rank validates on; the ranks take turns.
 
     Parameters
     ----------
     excerpts : Excerpts
-        Of all processes.
+        The excerpts of all ranks.
     batch_size : int
         Excerpts in a batch.
     part : Part
-        Which process this is.
+        The rank, and how many there are.
     """
 
     def __init__(self, excerpts: Excerpts, batch_size: int, part: Part) -> None:
         self._excerpts, self._batch_size, self._part = excerpts, batch_size, part
 
     def __len__(self) -> int:
+        # The last batch, of `rest` excerpts, belongs to the rank whose turn it is.
         num_batches, rest = divmod(len(self._excerpts), self._batch_size)
         own = len(range(self._part.rank, num_batches, self._part.num_ranks)) * self._batch_size
         has_rest = num_batches % self._part.num_ranks == self._part.rank
         return own + rest * has_rest
 
     def draw(self, epoch: int, index: int) -> Draw:
-        """Return one excerpt of this process's batches."""
+        """Return one excerpt of this rank's batches."""
         batch, place = divmod(index, self._batch_size)
         batch = batch * self._part.num_ranks + self._part.rank
         return self._excerpts.draw(epoch, batch * self._batch_size + place)

@@ -23,15 +23,16 @@ class _Transfer:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        """Start to copy a batch; the event tells when it is copied."""
         with torch.cuda.stream(self._stream):
             moved = batch.to(self._device)
             return moved, self._stream.record_event()
 
     def finish(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
-        """Make the consumer's stream wait for the copy, and the allocator for the consumer."""
+        """Make the consumer's stream wait for the copy, and the allocator for that stream."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
-        batch.buffer.record_stream(stream)
+        batch.buffer.memory.record_stream(stream)
         return batch
 
 
@@ -48,31 +49,33 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Read the batches of an epoch in order, a few ahead of their use.
 
-    On a GPU they are there when they are handed over: `next` makes the current stream wait for
-    the copy, which mostly has finished long before. CUDA events recorded on that stream before
-    and after `next` tell how long the device waited, for the copy or for the excerpts themselves.
+    On a GPU, `next` makes the current stream wait for the copy of the batch, which mostly has
+    finished long before. CUDA events recorded on that stream before and after `next` tell how long
+    the device waited, for the copy or for the excerpts themselves.
 
     Parameters
     ----------
-    reader, excerpts
-        What to read.
+    reader : Reader
+        Reads the excerpts.
+    excerpts : Excerpts
+        The excerpts of all ranks.
     epoch : int
-        Which epoch.
+        Number of the epoch.
     batch_size : int
-        Excerpts in a batch; the last one of an epoch may have fewer (see `smallest_batch`).
+        Excerpts in a batch; the last batch of an epoch may have fewer (see `smallest_batch`).
     num_workers : int
-        Threads that read ahead; 0 reads when a batch is asked for. The batches are the same.
+        Threads that read ahead; 0 reads a batch when it is asked for. The batches are the same.
     first : int
-        Number of the first batch wanted.
+        Number of the first batch to read.
     part : Part
-        Which part of each batch to read; a batch whose part is empty is left out.
+        The rank whose share of each batch to read; a batch with an empty share is left out.
     device : torch.device, optional
-        Where the batches are wanted; in main memory when not given.
+        Device that the batches go to; they stay in main memory if not given.
 
     Raises
     ------
     CacheError
-        For damaged shards, when the batch is due.
+        If a shard is damaged, when the batch is due.
     """
     transfer = _Transfer(device) if device is not None and device.type == "cuda" else None
 
@@ -94,12 +97,13 @@ def load_batches(
     def hand_over(batch: Batch, copied: torch.cuda.Event | None) -> Batch:
         return batch if transfer is None or copied is None else transfer.finish(batch, copied)
 
-    if num_workers == 0:
+    if num_workers == 0:  # no threads: easier to debug
         for batch, draws in plan():
             for slot, draw in enumerate(draws):
                 reader.fill(batch, slot, draw)
             yield hand_over(*complete(batch, []))
         return
+    # A batch goes on to the device in a thread of its own, so that no reader waits for the others.
     readers = ThreadPoolExecutor(num_workers, thread_name_prefix="flsep-read")
     completer = ThreadPoolExecutor(1, thread_name_prefix="flsep-read")
     ahead: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
@@ -109,7 +113,7 @@ def load_batches(
                 readers.submit(reader.fill, batch, slot, draw) for slot, draw in enumerate(draws)
             ]
             ahead.append(completer.submit(complete, batch, filling))
-            del batch, filling  # nothing but the future keeps what was read
+            del batch, filling  # only the future keeps the batch alive
             if len(ahead) > _BATCHES_AHEAD:
                 yield hand_over(*ahead.popleft().result())
         while ahead:

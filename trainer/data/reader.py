@@ -1,10 +1,10 @@
-"""From shards to batches.
+"""Copy excerpts from shards into batches.
 
-What is read are slices of memory maps, copied into one buffer a batch by threads: a copy does not
-hold Python's lock, so that threads read as fast as processes would, without two more copies through
-shared memory. Each excerpt of a signal is one contiguous copy. The buffer is page-locked where it
-goes on to a GPU, and crosses to it in one transfer on a stream of its own, while the batch before
-is computed with. The spectra stay as they are stored, also in their order, until `assemble`
+The excerpts are slices of memory maps, which threads copy into one buffer a batch. A copy does not
+hold Python's lock, so that threads read as fast as processes would, without two more copies
+through shared memory. Each signal of an excerpt is one contiguous copy. The buffer is page-locked
+if it goes on to a GPU, and moves there in one transfer on a stream of its own while the device
+computes with the batch before. The spectra keep their stored dtype and order until `assemble`
 gathers and mixes them on the device.
 """
 
@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from flsep.cache import Draw, Grid, Shards, TrackRecord
-from flsep.trainer.data.batch import Batch, allocate_together
-from flsep.trainer.data.resident import Resident
+from flsep.trainer.data.batch import Batch
+from flsep.trainer.data.buffer import Buffer
+from flsep.trainer.data.preloaded import PreloadedShards
 from flsep.trainer.errors import DataError
 from flsep.trainer.teacher import Standard, TeacherWindows, held_windows
 
@@ -28,12 +29,12 @@ class Reader:
 
     Parameters
     ----------
-    shards : Shards or Resident
+    shards : Shards or PreloadedShards
         The data, mapped or loaded.
     grid : Grid
-        How long the excerpts are.
+        Length and starts of the excerpts.
     teacher_signal : {'mixture', 'stems'} or None
-        Whose embeddings to give; None for none.
+        Signal whose embeddings are read; None for no embeddings.
 
     Attributes
     ----------
@@ -46,128 +47,151 @@ class Reader:
         If embeddings are wanted and the shards have no statistics of them.
     """
 
-    def __init__(self, shards: Shards | Resident, grid: Grid, teacher_signal: str | None) -> None:
+    def __init__(
+        self, shards: Shards | PreloadedShards, grid: Grid, teacher_signal: str | None
+    ) -> None:
         self.layout, self.grid = shards.layout, grid
         self.teacher_signal = teacher_signal
         self.standard: Standard | None = None
         if teacher_signal is not None:
             if shards.index.statistics is None:
-                raise DataError(f"{shards.folder}: no training split, hence no statistics")
+                raise DataError(
+                    f"{shards.folder}: no training split, and so no statistics of the embeddings; "
+                    "precompute a corpus that has one"
+                )
             self.standard = Standard.of(shards.index.statistics, teacher_signal)
         self._shards = shards
 
     def allocate(
         self, draws: Sequence[Draw], *, pin: bool = False, num_in_all: int | None = None
     ) -> Batch:
-        """Make a batch for these excerpts, to be filled by `fill`, one excerpt at a time.
+        """Make a batch for these excerpts, which `fill` fills one excerpt at a time.
 
-        With `pin` it is to go to a GPU.
+        Parameters
+        ----------
+        draws : sequence of Draw
+            The excerpts.
+        pin : bool
+            Whether the batch goes to a GPU.
+        num_in_all : int, optional
+            Number of excerpts in the batches of all ranks together; as many as `draws` if not
+            given.
         """
-        layout, num_frames, batch = self.layout, self.grid.num_frames, len(draws)
-        mixed = draws[0].gains is not None
-        num_signals = len(layout.sources) + (not mixed)
-        resident = self._resident(pin)
-        pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "starts": (torch.int64, (num_signals, batch)),
-            "swaps": (torch.bool, (num_signals, batch)),
-        }
-        if resident is None:
-            pieces["frames"] = (
-                getattr(torch, layout.stft_dtype),
-                (num_signals * batch * num_frames, layout.num_channels, layout.num_bins, 2),
-            )
-        if mixed:
-            pieces["gains"] = (torch.float32, (num_signals, batch))
-        if self.teacher_signal is not None:
-            lead = (len(layout.sources),) if self.teacher_signal == "stems" else ()
-            shape = (*lead, batch, self.grid.num_windows)
-            pieces |= {
-                "embeddings": (torch.float32, (*shape, layout.embedding_size)),
-                "activity_db": (torch.float32, shape),
-                "bounds": (torch.int64, (*shape, 2)),
-                "inside": (torch.bool, shape),
-                "held": (torch.int64, (batch, num_frames)),
-            }
-        buffer, tensors = allocate_together(pieces, pin=pin)
-        if mixed:
-            tensors["gains"].copy_(torch.tensor([draw.gains for draw in draws]).T)
-        swaps = [draw.swaps * (num_signals // len(draw.swaps)) for draw in draws]
-        tensors["swaps"].copy_(torch.tensor(swaps).T)
-        torch.arange(
-            0, num_signals * batch * num_frames, num_frames, out=tensors["starts"].view(-1)
+        preloaded = self._find_preloaded(pin)
+        is_mixed = draws[0].gains is not None
+        # The mixture of mixed sources is computed, not read.
+        num_signals = len(self.layout.sources) + (not is_mixed)
+        shapes = self._list_shapes(
+            num_signals, len(draws), is_mixed=is_mixed, with_frames=preloaded is None
         )
-        windows = None
-        if self.teacher_signal is not None:
-            windows = TeacherWindows(
-                **{name: tensors[name] for name in TeacherWindows.__dataclass_fields__}
-            )
+        buffer = Buffer.allocate(shapes, pin=pin)
+        batch = Batch(
+            buffer=buffer,
+            preloaded_frames=None if preloaded is None else preloaded.frames,
+            num_frames=self.grid.num_frames,
+            names=tuple(self._name(draw) for draw in draws),
+            num_in_all=len(draws) if num_in_all is None else num_in_all,
+        )
+        if is_mixed:
+            buffer.tensors["gains"].copy_(torch.tensor([draw.gains for draw in draws]).T)
+        # An excerpt from one place has one swap for all of its signals.
+        swaps = [draw.swaps * (num_signals // len(draw.swaps)) for draw in draws]
+        batch.swaps.copy_(torch.tensor(swaps).T)
+        num_frames = self.grid.num_frames
+        end = num_signals * len(draws) * num_frames
+        torch.arange(0, end, num_frames, out=batch.starts.view(-1))
+        if (windows := batch.windows) is not None:
+            # Windows beyond the end of a track stay as they are here.
             windows.embeddings.zero_()
             windows.activity_db.fill_(-torch.inf)
             windows.held.zero_()
-        return Batch(
-            frames=tensors["frames"] if resident is None else resident.frames,
-            starts=tensors["starts"],
-            swaps=tensors["swaps"],
-            gains=tensors.get("gains"),
-            windows=windows,
-            buffer=buffer,
-            num_frames=num_frames,
-            names=tuple(self._name(draw) for draw in draws),
-            num_in_all=batch if num_in_all is None else num_in_all,
-        )
+        return batch
+
+    def _list_shapes(
+        self, num_signals: int, num_excerpts: int, *, is_mixed: bool, with_frames: bool
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of each tensor of a batch."""
+        layout, num_frames = self.layout, self.grid.num_frames
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "starts": (torch.int64, (num_signals, num_excerpts)),
+            "swaps": (torch.bool, (num_signals, num_excerpts)),
+        }
+        if with_frames:
+            shapes["frames"] = (
+                getattr(torch, layout.stft_dtype),
+                (num_signals * num_excerpts * num_frames, layout.num_channels, layout.num_bins, 2),
+            )
+        if is_mixed:
+            shapes["gains"] = (torch.float32, (num_signals, num_excerpts))
+        if self.teacher_signal is not None:
+            lead = (len(layout.sources),) if self.teacher_signal == "stems" else ()
+            windows = (*lead, num_excerpts, self.grid.num_windows)
+            shapes |= {
+                "embeddings": (torch.float32, (*windows, layout.embedding_size)),
+                "activity_db": (torch.float32, windows),
+                "bounds": (torch.int64, (*windows, 2)),
+                "inside": (torch.bool, windows),
+                "held": (torch.int64, (num_excerpts, num_frames)),
+            }
+        return shapes
 
     def fill(self, batch: Batch, slot: int, draw: Draw) -> None:
         """Copy one excerpt into a batch; raises CacheError for damaged shards."""
+        self._fill_spectra(batch, slot, draw)
+        if (windows := batch.windows) is None:
+            return
+        if self.teacher_signal == "mixture":
+            self._fill_mixture_windows(windows, slot, draw)
+        else:
+            self._fill_stem_windows(windows, slot, draw)
+
+    def _fill_spectra(self, batch: Batch, slot: int, draw: Draw) -> None:
+        """Copy the spectra, or say where the preloaded ones start."""
         num_frames = self.grid.num_frames
-        num_signals = len(batch.starts)
         starts = batch.starts.numpy()
-        for row in range(num_signals):
+        for row in range(len(starts)):
             signal = row if draw.gains is None else 1 + row
             track, window = draw.places[row if len(draw.places) > 1 else 0]
             start = self.layout.window_frames(window)[0]
-            if isinstance(self._shards, Resident) and batch.frames is self._shards.frames:
+            if batch.preloaded_frames is not None:
+                assert isinstance(self._shards, PreloadedShards)
                 starts[row, slot] = self._shards.first_frame(track, signal) + start
             else:
                 stored = self._shards.read(track, "stft", signal)
                 begin = starts[row, slot]
                 out = batch.frames.numpy()[begin : begin + num_frames]
                 np.copyto(out, stored[start : start + num_frames])
-        if batch.windows is None:
-            return
+
+    def _fill_mixture_windows(self, windows: TeacherWindows, slot: int, draw: Draw) -> None:
+        """Fill in the windows of the mixture, and which of them each frame holds."""
+        track, first = draw.places[0]
+        if draw.heard is not None:  # the teacher heard this mix, from its start on
+            first, num_windows = 0, draw.heard.embedding.shape[1]
+            self._fill_windows(
+                windows, (slot,), 0, draw.heard.embedding[0], draw.heard.activity_db[0]
+            )
+        else:
+            num_windows = track.num_windows
+            self._fill_track_windows(windows, (slot,), track, first, 0)
+        start = self.layout.window_frames(first)[0]
+        frames = np.arange(start, start + self.grid.num_frames)
+        held = held_windows(self.layout, frames, num_windows) - first
+        windows.held.numpy()[slot] = np.clip(held, 0, self.grid.num_windows - 1)
+
+    def _fill_stem_windows(self, windows: TeacherWindows, slot: int, draw: Draw) -> None:
+        """Fill in the windows of each stem."""
         heard = draw.heard
-        if self.teacher_signal == "mixture":
-            track, window = draw.places[0]
-            if heard is not None:
-                window, num_windows = 0, heard.embedding.shape[1]
+        for source in range(len(self.layout.sources)):
+            entry, signal = (source, slot), 1 + source
+            if heard is not None and len(heard.embedding) > 1:  # the scaled stems were heard too
                 self._fill_windows(
-                    batch.windows, (slot,), 0, heard.embedding[0], heard.activity_db[0]
+                    windows, entry, 0, heard.embedding[signal], heard.activity_db[signal]
                 )
             else:
-                num_windows = track.num_windows
-                self._fill_windows_of(batch.windows, (slot,), track, window, 0)
-            start = self.layout.window_frames(window)[0]
-            frames = np.arange(start, start + num_frames)
-            held = held_windows(self.layout, frames, num_windows) - window
-            batch.windows.held.numpy()[slot] = np.clip(held, 0, self.grid.num_windows - 1)
-            return
-        for signal in range(1, 1 + len(self.layout.sources)):
-            entry = (signal - 1, slot)
-            if heard is not None and len(heard.embedding) > 1:
-                self._fill_windows(
-                    batch.windows, entry, 0, heard.embedding[signal], heard.activity_db[signal]
-                )
-            else:
-                track, window = draw.places[signal - 1 if len(draw.places) > 1 else 0]
-                self._fill_windows_of(batch.windows, entry, track, window, signal)
+                track, first = draw.places[source if len(draw.places) > 1 else 0]
+                self._fill_track_windows(windows, entry, track, first, signal)
 
-    def _resident(self, pin: bool) -> Resident | None:
-        """Return where excerpts can stay, as the batch is gathered from there."""
-        shards = self._shards
-        if isinstance(shards, Resident) and shards.frames.is_cuda == pin:
-            return shards
-        return None
-
-    def _fill_windows_of(
+    def _fill_track_windows(
         self,
         windows: TeacherWindows,
         entry: tuple[int, ...],
@@ -175,7 +199,7 @@ class Reader:
         first: int,
         signal: int,
     ) -> None:
-        """Fill in what the teacher heard in a track."""
+        """Fill in windows of a track, from window `first` on."""
         present = slice(first, min(first + self.grid.num_windows, track.num_windows))
         embedding, activity_db = (
             self._shards.read(track, name, signal)[present] for name in ("embedding", "activity")
@@ -190,7 +214,11 @@ class Reader:
         embedding: npt.NDArray[np.float32],
         activity_db: npt.NDArray[np.float32],
     ) -> None:
-        """Fill in the windows from the `first` of a track on, in which the excerpt starts."""
+        """Fill in what the teacher heard in an excerpt that starts at window `first`.
+
+        `embedding` [window, dim] and `activity_db` [window] may have fewer windows than the
+        excerpt.
+        """
         count = len(embedding)
         assert self.standard is not None
         windows.embeddings.numpy()[entry][:count] = self.standard(embedding)
@@ -200,6 +228,13 @@ class Reader:
         inside = bounds[:, 1] <= self.grid.num_frames
         inside[count:] = False
         windows.inside.numpy()[entry] = inside
+
+    def _find_preloaded(self, pin: bool) -> PreloadedShards | None:
+        """Return the preloaded shards if they are where training computes."""
+        shards = self._shards
+        if isinstance(shards, PreloadedShards) and shards.frames.is_cuda == pin:
+            return shards
+        return None
 
     def _name(self, draw: Draw) -> str:
         seconds = self.layout.window_hop_seconds

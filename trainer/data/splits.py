@@ -15,8 +15,8 @@ from flsep.trainer.data.excerpts import (
     smallest_batch,
 )
 from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.preloaded import PreloadedShards, wanted_signals
 from flsep.trainer.data.reader import Reader
-from flsep.trainer.data.resident import Resident, wanted_signals
 from flsep.trainer.errors import DataError
 from flsep.trainer.parallel import Part, count_local_ranks
 
@@ -93,11 +93,11 @@ class Splits:
         )
         self.valid_excerpts = ConsecutiveExcerpts(grid, self.valid_tracks)
         self._check_parts()
-        source: Shards | Resident = shards
+        source: Shards | PreloadedShards = shards
         if resident is not None:
             if resident == "device" and device.type == "cpu":
                 raise DataError("--resident device needs a GPU; on the CPU use --resident host")
-            source = Resident(
+            source = PreloadedShards(
                 shards,
                 wanted_signals(shards.layout, data.mixing, self.train_tracks, self.valid_tracks),
                 device if resident == "device" else torch.device("cpu"),

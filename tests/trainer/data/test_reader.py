@@ -1,6 +1,7 @@
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from flsep.cache import DamagedDataError, Draw, Grid, Layout, Shards, Statistics
 from flsep.trainer.config import DataConfig
-from flsep.trainer.data import reader as data
-from flsep.trainer.data.batch import Batch, allocate_together, assemble
+from flsep.trainer.data import loader
+from flsep.trainer.data.batch import Batch, assemble
+from flsep.trainer.data.buffer import Buffer
 from flsep.trainer.data.excerpts import ConsecutiveExcerpts, draw_excerpts
 from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.reader import Reader
@@ -89,6 +91,11 @@ def test_parts_are_the_shares_of_the_same_batches(
             assert torch.equal(torch.cat([w.held for w in found]), whole.windows.held)
 
 
+def copy(batch: Batch) -> Batch:
+    """Copy a batch as a transfer to a device would."""
+    return replace(batch, buffer=Buffer(batch.buffer.memory.clone(), batch.buffer.layout))
+
+
 class Transfer:
     """Stands for the copies to a GPU: says in which order and in which threads they happen."""
 
@@ -101,8 +108,8 @@ class Transfer:
         self.log.append((what, "main" if threading.current_thread() is self.main else "other"))
 
     def start(self, batch: Batch) -> tuple[Batch, Any]:
-        moved = batch.over(batch.buffer.clone())
-        batch.buffer.fill_(77)  # it may be used again
+        moved = copy(batch)
+        batch.buffer.memory.fill_(77)  # it may be used again
         self.note("start")
         return moved, "copied"
 
@@ -118,13 +125,14 @@ def test_batches_are_on_the_device_when_they_are_handed_over(
 ) -> None:
     plain = epoch_of(num_workers=0)
     pinned = []
+    unpinned = Buffer.allocate
 
-    def allocate(pieces: Any, *, pin: bool) -> Any:
+    def allocate(shapes: Any, *, pin: bool) -> Buffer:
         pinned.append(pin)
-        return allocate_together(pieces, pin=False)
+        return unpinned(shapes, pin=False)
 
-    monkeypatch.setattr(data, "_Transfer", Transfer)
-    monkeypatch.setattr(data, "allocate_together", allocate)
+    monkeypatch.setattr(loader, "_Transfer", Transfer)
+    monkeypatch.setattr(Buffer, "allocate", allocate)
     loaded = epoch_of(num_workers=num_workers, device=torch.device("cuda"))
     for expected, found in zip(plain, loaded, strict=True):
         assert_same(expected, found)
@@ -166,24 +174,24 @@ def test_the_copies_to_a_gpu(
         torch.Tensor, "record_stream", lambda self, stream: log.append((self.data_ptr(), stream))
     )
     batch = epoch_of(num_workers=0)[0]
-    monkeypatch.setattr(type(batch), "to", lambda self, device: self.over(self.buffer.clone()))
-    transfer = data._Transfer(torch.device("cuda"))
+    monkeypatch.setattr(type(batch), "to", lambda self, device: copy(self))
+    transfer = loader._Transfer(torch.device("cuda"))
     moved, event = transfer.start(batch)
     assert log == ["enter", "record", "exit"]
-    assert moved.buffer.data_ptr() != batch.buffer.data_ptr()
+    assert moved.buffer.memory.data_ptr() != batch.buffer.memory.data_ptr()
     assert_same(transfer.finish(moved, event), batch)
-    assert log[3:] == [("wait", "event"), (moved.buffer.data_ptr(), consumer)]
+    assert log[3:] == [("wait", "event"), (moved.buffer.memory.data_ptr(), consumer)]
 
 
 def test_a_moved_batch_is_one_buffer(epoch_of: Callable[..., list[Batch]]) -> None:
     batch = epoch_of(num_workers=0)[0]
-    moved = batch.over(batch.buffer.clone())
+    moved = copy(batch)
     assert_same(moved, batch)
-    batch.buffer.zero_()
+    batch.buffer.memory.zero_()
     for tensor in (moved.frames, moved.starts, moved.swaps, moved.gains):
         if tensor is not None:
-            assert tensor.untyped_storage().data_ptr() == moved.buffer.data_ptr()
-            assert (tensor.data_ptr() - moved.buffer.data_ptr()) % 256 == 0
+            assert tensor.untyped_storage().data_ptr() == moved.buffer.memory.data_ptr()
+            assert (tensor.data_ptr() - moved.buffer.memory.data_ptr()) % 256 == 0
     assert moved.stft.any()
 
 
@@ -378,7 +386,7 @@ def test_embeddings_without_a_training_split_are_refused(
 ) -> None:
     opened = Shards(new_shards(tmp_path / "s", {"v": ("valid", 1.0)}))
     Reader(opened, Grid(layout, 0.7), None)
-    with pytest.raises(DataError, match="no training split, hence no statistics"):
+    with pytest.raises(DataError, match="no training split, and so no statistics"):
         Reader(opened, Grid(layout, 0.7), "mixture")
 
 

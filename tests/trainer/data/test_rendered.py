@@ -15,8 +15,8 @@ from flsep.cache import CacheError, DamagedDataError, Grid, Layout, MismatchErro
 from flsep.trainer.config import DataConfig, TrainConfig
 from flsep.trainer.data.excerpts import draw_excerpts
 from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.preloaded import PreloadedShards, wanted_signals
 from flsep.trainer.data.reader import Reader
-from flsep.trainer.data.resident import Resident, wanted_signals
 from flsep.trainer.errors import CheckpointError, DataError
 from flsep.trainer.training.loop import finish_epoch, train_epoch, validate
 from flsep.trainer.training.state import Training
@@ -67,21 +67,21 @@ def test_epochs_begin_again(shards: Path, mixes: Path) -> None:
     assert first.gains != second.gains
 
 
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("is_preloaded", [False, True])
 def test_a_batch_has_what_the_teacher_heard(
-    shards: Path, mixes: Path, layout: Layout, resident: bool
+    shards: Path, mixes: Path, layout: Layout, is_preloaded: bool
 ) -> None:
     opened, grid = Shards(shards), Grid(layout, 0.7)
     excerpts = Mixes(mixes).of(opened)
-    source: Shards | Resident = opened
-    if resident:
+    source: Shards | PreloadedShards = opened
+    if is_preloaded:
         wanted = wanted_signals(layout, "rendered", opened.tracks("train"), opened.tracks("valid"))
         assert all(0 not in signals for track, signals in wanted if track.split == "train")
-        source = Resident(
+        source = PreloadedShards(
             opened, wanted, torch.device("cpu"), teacher_signal="mixture", num_threads=1
         )
     for signal in ("mixture", "stems"):
-        if resident and signal == "stems":
+        if is_preloaded and signal == "stems":
             continue
         reader = Reader(source, grid, signal)
         assert reader.standard is not None
@@ -137,7 +137,7 @@ def test_stems_that_nobody_heard_scaled_are_those_of_the_tracks(
         ),
         ({"excerpt_seconds": 0.8}, r"excerpt_seconds 0.8, the training has 0.7"),
         ({"max_gain": 1.0}, r"max_gain 1, the training has 1.25"),
-        ({"split": "test"}, r"mixes of the split 'test', not of 'train'"),
+        ({"split": "test"}, r"mixes of the split 'test'; expected 'train': render others"),
     ],
 )
 def test_mixes_of_other_settings_are_refused(
@@ -153,7 +153,7 @@ def test_mixes_of_other_settings_are_refused(
 def test_mixes_and_mixing_belong_together(start: Callable[..., Training], mixes: Path) -> None:
     with pytest.raises(DataError, match=r"--mixes .*: use it with --mixing rendered"):
         start(mixes)
-    with pytest.raises(DataError, match="say with --mixes where flsep-precompute mixes wrote"):
+    with pytest.raises(DataError, match="--mixing rendered needs --mixes FOLDER, which fl"):
         start(None, "data.mixing=rendered")
 
 

@@ -1,4 +1,4 @@
-"""Shards loaded once into the memory of the device or the host, and read from there."""
+"""Shards that are loaded into the memory of the device or the host before training."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +14,9 @@ from flsep.cache.memory import free_host_bytes
 from flsep.trainer.errors import DataError
 
 DEVICE_RESERVE_BYTES = 16 << 30
-"""What is left free of a GPU's memory, for training."""
+"""Memory of a GPU that loading leaves free for training."""
 HOST_RESERVE_BYTES = 2 << 30
-"""What is left free of the host's memory, for training."""
+"""Memory of the host that loading leaves free for training."""
 
 _BLOCK_BYTES = 32 << 20
 
@@ -24,49 +24,52 @@ _BLOCK_BYTES = 32 << 20
 def wanted_signals(
     layout: Layout, mixing: str, train: Sequence[TrackRecord], valid: Sequence[TrackRecord]
 ) -> list[tuple[TrackRecord, range]]:
-    """Return what a training reads: of the training tracks, mixing needs the sources alone."""
+    """Return the tracks and signals that a training reads.
+
+    Mixing needs only the sources of the training tracks.
+    """
     num_signals = len(layout.signals)
     trained = range(num_signals) if mixing == "original" else range(1, num_signals)
     return [(track, trained) for track in train] + [(track, range(num_signals)) for track in valid]
 
 
-class Resident:
-    """Spectra, embeddings and levels of some tracks, loaded; `Reader` takes it for `Shards`.
+class PreloadedShards:
+    """Spectra, embeddings and levels of some tracks in memory; stands for `Shards` in `Reader`.
 
-    The spectra keep their stored dtype. Excerpts are gathered from where they lie if that is where
-    training computes; from host memory to a GPU they go through a buffer, as from shards.
-    Embeddings and levels, which are small, always are in host memory.
+    The spectra keep their stored dtype. If they are where training computes, excerpts are gathered
+    from there; from host memory to a GPU, excerpts go through a buffer, as from shards. Embeddings
+    and levels, which are small, are always in host memory.
 
     Parameters
     ----------
     shards : Shards
-        Where from; they compare digests as they are read.
+        The shards to load; they compare digests as they are read.
     wanted : iterable of (TrackRecord, range)
-        Tracks, and the signals of each that are loaded; see `wanted_signals`.
+        Tracks and their signals to load; see `wanted_signals`.
     device : torch.device
-        Where to.
+        Device to load the spectra to.
     teacher_signal : {'mixture', 'stems'} or None
-        Whose embeddings to load.
+        Signal whose embeddings to load.
     num_threads : int
         Threads that load.
     report : callable, optional
-        Called with the bytes loaded so far, and all there are.
+        Called with the number of bytes loaded so far, and of all.
     reserve_bytes : int, optional
-        What to leave free; `DEVICE_RESERVE_BYTES` or `HOST_RESERVE_BYTES` when not given.
+        Memory to leave free; `DEVICE_RESERVE_BYTES` or `HOST_RESERVE_BYTES` if not given.
     num_processes : int
-        How many on this machine load as much into its memory; each GPU has one.
+        Number of processes that load as much into this machine's memory; a GPU has one.
 
     Attributes
     ----------
     frames : Tensor
-        float16 or float32 [frame, channel, bin, 2]: the loaded signals, one after the other.
+        float16 or float32 [frame, channel, bin, 2]: the loaded signals, one after another.
     num_bytes : int
-        Size of all that is loaded.
+        Size of everything that is loaded.
 
     Raises
     ------
     DataError
-        If it does not fit; nothing has been loaded then.
+        If the data do not fit; nothing has been loaded then.
     CacheError
         If a shard is missing or damaged.
     """
@@ -85,13 +88,13 @@ class Resident:
     ) -> None:
         self.folder, self.index, self.layout = shards.folder, shards.index, shards.layout
         self._teacher_signal = teacher_signal
-        parts = [(track, signal) for track, signals in wanted for signal in signals]
+        pairs = [(track, signal) for track, signals in wanted for signal in signals]
         self._first_frames: dict[tuple[str, int, int], int] = {}
         num_frames = 0
-        for track, signal in parts:
+        for track, signal in pairs:
             self._first_frames[track.shard, track.position, signal] = num_frames
             num_frames += track.num_frames
-        self.num_bytes = sum(self._count_bytes(*part) for part in parts)
+        self.num_bytes = sum(self._count_bytes(*pair) for pair in pairs)
         require_room(self.num_bytes, device, reserve_bytes, num_processes)
         self.frames = torch.empty(
             (num_frames, self.layout.num_channels, self.layout.num_bins, 2),
@@ -99,11 +102,11 @@ class Resident:
             device=device,
         )
         self._small: dict[tuple[str, int, str, int], npt.NDArray[Any]] = {}
-        self._stopping = threading.Event()
+        self._stopping = threading.Event()  # set when another thread fails, or on Ctrl-C
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flsep-load")
         try:
             done = 0
-            for job in as_completed([pool.submit(self._load, shards, *part) for part in parts]):
+            for job in as_completed([pool.submit(self._load, shards, *pair) for pair in pairs]):
                 done += job.result()
                 if report is not None:
                     report(done, self.num_bytes)
@@ -112,6 +115,7 @@ class Resident:
             pool.shutdown(cancel_futures=True)
 
     def _is_taught(self, signal: int) -> bool:
+        """Whether the training needs the embeddings of a signal."""
         return self._teacher_signal is not None and (
             (self._teacher_signal == "mixture") == (signal == 0)
         )
@@ -129,6 +133,7 @@ class Resident:
             for name in ("embedding", "activity"):
                 key = track.shard, track.position, name, signal
                 self._small[key] = shards.read(track, name, signal).copy()
+        # In blocks, so that page-locked memory is bounded and an interrupt is noticed.
         stored = shards.read(track, "stft", signal)
         first = self.first_frame(track, signal)
         place = self.frames[first : first + track.num_frames]
@@ -145,7 +150,7 @@ class Resident:
                 np.copyto(target.numpy(), block)
             else:
                 np.copyto(staging.numpy()[: len(block)], block)
-                target.copy_(staging[: len(block)])  # returns when it is copied
+                target.copy_(staging[: len(block)])  # blocks, so that `staging` can be used again
         return self._count_bytes(track, signal)
 
     def first_frame(self, track: TrackRecord, signal: int) -> int:
@@ -155,7 +160,7 @@ class Resident:
     def read(self, track: TrackRecord, name: str, signal: int) -> npt.NDArray[Any]:
         """Return one signal of a dataset of a track, as `Shards.read` does.
 
-        The datasets are ``stft``, where it is in host memory, ``embedding`` and ``activity``.
+        `name` is ``stft``, if the spectra are in host memory, ``embedding`` or ``activity``.
         """
         if name != "stft":
             return self._small[track.shard, track.position, name, signal]
@@ -167,7 +172,7 @@ class Resident:
 def require_room(
     num_bytes: int, device: torch.device, reserve_bytes: int | None, num_processes: int
 ) -> None:
-    """Refuse to load more than there is room for; raises DataError with the figures."""
+    """Raise DataError, with the figures, unless the data and the reserve fit the free memory."""
     if device.type == "cuda":
         free, place = torch.cuda.mem_get_info(device)[0], f"memory of {device}"
         reserve = DEVICE_RESERVE_BYTES if reserve_bytes is None else reserve_bytes

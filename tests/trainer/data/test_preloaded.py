@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,32 @@ import torch
 
 from flsep.cache import DamagedDataError, Grid, Layout, Shards
 from flsep.trainer.config import DataConfig
-from flsep.trainer.data import reader as data
-from flsep.trainer.data import resident as residency
-from flsep.trainer.data.batch import Batch, allocate_together
+from flsep.trainer.data import loader, preloaded
+from flsep.trainer.data.batch import Batch
+from flsep.trainer.data.buffer import Buffer
 from flsep.trainer.data.excerpts import ConsecutiveExcerpts, draw_excerpts
 from flsep.trainer.data.loader import load_batches
+from flsep.trainer.data.preloaded import PreloadedShards, require_room, wanted_signals
 from flsep.trainer.data.reader import Reader
-from flsep.trainer.data.resident import Resident, require_room, wanted_signals
 from flsep.trainer.errors import DataError
 
 CPU = torch.device("cpu")
+allocate = Buffer.allocate
+
+
+def allocate_unpinned(shapes: Any, *, pin: bool) -> Buffer:
+    return allocate(shapes, pin=False)
 
 
 @pytest.fixture
-def load(shards: Path) -> Callable[..., tuple[Shards, Resident]]:
-    def make(mixing: str, signal: str | None, **options: Any) -> tuple[Shards, Resident]:
+def load(shards: Path) -> Callable[..., tuple[Shards, PreloadedShards]]:
+    def make(mixing: str, signal: str | None, **options: Any) -> tuple[Shards, PreloadedShards]:
         opened = Shards(shards)
         wanted = wanted_signals(
             opened.layout, mixing, opened.tracks("train"), opened.tracks("valid")
         )
         options = {"num_threads": 2, **options}
-        return opened, Resident(opened, wanted, CPU, teacher_signal=signal, **options)
+        return opened, PreloadedShards(opened, wanted, CPU, teacher_signal=signal, **options)
 
     return make
 
@@ -72,8 +78,8 @@ class Nowhere:
         ("random", None),
     ],
 )
-def test_resident_batches_are_those_of_the_shards(
-    load: Callable[..., tuple[Shards, Resident]],
+def test_preloaded_batches_are_those_of_the_shards(
+    load: Callable[..., tuple[Shards, PreloadedShards]],
     layout: Layout,
     mixing: str,
     signal: str | None,
@@ -81,7 +87,7 @@ def test_resident_batches_are_those_of_the_shards(
     place: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened, resident = load(mixing, signal)
+    opened, loaded = load(mixing, signal)
     grid = Grid(layout, 0.7)
     config = DataConfig(mixing=mixing, excerpts_per_track=4)  # type: ignore[arg-type]
     trained, _ = grid.split_by_length(opened, "train")
@@ -95,39 +101,38 @@ def test_resident_batches_are_those_of_the_shards(
         with monkeypatch.context() as patch:
             patch.setattr(Shards, "read", None)
             if place == "elsewhere":  # as from host memory to a GPU: gathered in a pinned buffer
-                patch.setattr(
-                    data, "allocate_together", lambda p, *, pin: allocate_together(p, pin=False)
-                )
-                patch.setattr(data, "_Transfer", Nowhere)
+                patch.setattr(Buffer, "allocate", allocate_unpinned)
+                patch.setattr(loader, "_Transfer", Nowhere)
                 options["device"] = torch.device("cuda")
-            found = list(load_batches(Reader(resident, grid, signal), excerpts, **options))
+            found = list(load_batches(Reader(loaded, grid, signal), excerpts, **options))
         assert len(plain) > 1
         for expected, batch in zip(plain, found, strict=True):
-            assert (batch.frames is resident.frames) == (place == "where it trains")
+            assert (batch.frames is loaded.frames) == (place == "where it trains")
             for name, value in tensors(expected).items():
                 other = tensors(batch)[name]
                 same = torch.equal(value, other) if isinstance(value, torch.Tensor) else None
                 assert value == other if same is None else same, name
 
 
-def test_a_resident_batch_that_moves_leaves_the_frames_where_they_are(
-    load: Callable[..., tuple[Shards, Resident]], layout: Layout
+def test_a_preloaded_batch_that_moves_leaves_the_frames_where_they_are(
+    load: Callable[..., tuple[Shards, PreloadedShards]], layout: Layout
 ) -> None:
-    opened, resident = load("random", None)
+    opened, loaded = load("random", None)
     grid = Grid(layout, 0.7)
     excerpts = ConsecutiveExcerpts(grid, opened.tracks("valid"))
-    reader = Reader(resident, grid, None)
+    reader = Reader(loaded, grid, None)
     batch = next(load_batches(reader, excerpts, epoch=0, batch_size=2, num_workers=0))
-    moved = batch.over(batch.buffer.clone())
-    assert moved.frames is resident.frames
+    memory = batch.buffer.memory.clone()
+    moved = replace(batch, buffer=Buffer(memory, batch.buffer.layout))
+    assert moved.frames is loaded.frames
     assert moved.starts.data_ptr() != batch.starts.data_ptr()
     assert torch.equal(moved.stft, batch.stft)
 
 
 def test_only_what_is_read_is_loaded(
-    load: Callable[..., tuple[Shards, Resident]], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., tuple[Shards, PreloadedShards]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "_BLOCK_BYTES", 50_000)  # some blocks a signal
+    monkeypatch.setattr(preloaded, "_BLOCK_BYTES", 50_000)  # some blocks a signal
     frame_bytes = 2 * 129 * 2 * 2
     # 2.2, 3.1 and 2.5 s to train on, 2.4 s to validate on; windows of 0.3 s.
     trained = sum(1 + round(s * 8000) // 64 for s in (2.2, 3.1, 2.5))
@@ -140,24 +145,24 @@ def test_only_what_is_read_is_loaded(
     }
     for (mixing, signal), num_bytes in expected.items():
         reports: list[tuple[int, int]] = []
-        opened, resident = load(mixing, signal, report=lambda *r, to=reports: to.append(r))
-        assert resident.num_bytes == num_bytes
-        assert resident.frames.dtype == torch.float16
+        opened, loaded = load(mixing, signal, report=lambda *r, to=reports: to.append(r))
+        assert loaded.num_bytes == num_bytes
+        assert loaded.frames.dtype == torch.float16
         assert reports[-1] == (num_bytes, num_bytes)
         assert len(reports) == (13 if mixing == "random" else 16)
         assert [done for done, _ in reports] == sorted({done for done, _ in reports})
         for track in opened.tracks("valid"):
             for number in range(4):
                 stored = opened.read(track, "stft", number)
-                assert (resident.read(track, "stft", number) == stored).all()
+                assert (loaded.read(track, "stft", number) == stored).all()
 
 
 def test_what_does_not_fit_is_refused_before_loading(
-    load: Callable[..., tuple[Shards, Resident]], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., tuple[Shards, PreloadedShards]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residency, "free_host_bytes", lambda: 5_000_000)
+    monkeypatch.setattr(preloaded, "free_host_bytes", lambda: 5_000_000)
     monkeypatch.setattr(Shards, "read", None)
-    monkeypatch.setattr(Resident, "_count_bytes", lambda *_: 260_000_000)
+    monkeypatch.setattr(PreloadedShards, "_count_bytes", lambda *_: 260_000_000)
     with pytest.raises(
         DataError,
         match=r"are 4\.\d\d GB; 0\.01 GB of host memory are free, of which training keeps 2\.15 GB"
@@ -167,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_loading(
 
 
 def test_room_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "free_host_bytes", lambda: 12_000)
+    monkeypatch.setattr(preloaded, "free_host_bytes", lambda: 12_000)
     require_room(10_000, CPU, 2_000, 1)
     require_room(4_000, CPU, 2_000, 2)
     with pytest.raises(DataError, match="of host memory are free"):
@@ -197,10 +202,10 @@ def test_damage_is_found_while_loading(
     opened = Shards(folder)
     wanted = wanted_signals(layout, "random", opened.tracks("train"), opened.tracks("valid"))
     with pytest.raises(DamagedDataError, match=r"stft of mixture of track 'b' does not have its"):
-        Resident(opened, wanted, CPU, teacher_signal=None, num_threads=2)
+        PreloadedShards(opened, wanted, CPU, teacher_signal=None, num_threads=2)
 
 
-def test_loading_can_be_interrupted(load: Callable[..., tuple[Shards, Resident]]) -> None:
+def test_loading_can_be_interrupted(load: Callable[..., tuple[Shards, PreloadedShards]]) -> None:
     reports = []
 
     def interrupt(done: int, total: int) -> None:
