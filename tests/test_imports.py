@@ -36,7 +36,7 @@ EXTRAS = {
     "pipeline": ("pipeline", "cluster", "demo"),
     "trainer": ("trainer", "evaluate"),
 }
-# A room is a folder; `cli` and `recipes` are files that stand above rooms. A room may import the
+# A room is a folder; `cli` is a file that stands above the rooms. A room may import the
 # rooms that are listed for it, what those may import, and the ground; nothing else. The diagram in
 # docs/architecture.md shows the same arrows.
 ROOMS = {
@@ -54,9 +54,8 @@ ROOMS = {
         "cli": ("study", "training"),
         "study": ("scoring",),
         "scoring": ("inference",),
-        "training": ("recipes", "runs", "data"),
+        "training": ("runs", "data"),
         "inference": ("runs",),
-        "recipes": ("approaches",),
         "runs": ("approaches",),
         "approaches": ("separators",),
         "separators": (),
@@ -66,7 +65,9 @@ ROOMS = {
 # Files that all rooms of a package may import, and that import no room.
 GROUND = {
     "pipeline": {"config", "features", "packages", "errors"},
-    "trainer": {"config", "registry", "parallel", "teacher", "stft", "errors"},
+    "trainer": {
+        *("config", "settings", "recipes", "registry", "parallel", "teacher", "stft", "errors"),
+    },
 }
 
 ALL_IMPORTS = read_imports()
