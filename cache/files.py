@@ -19,20 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     so that `path` always holds the old content or the new one. Leaving it by an exception keeps
     the old content. The temporary file is removed in either case.
 
-    Parameters
-    ----------
-    path : Path
-        File to create or replace. Its folder exists.
-
-    Yields
-    ------
-    Path
-        Empty, hidden file in the same folder, to be overwritten in the context.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written; `filename` is `path`.
+    An OSError has `path` as its `filename`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:

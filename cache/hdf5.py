@@ -16,14 +16,8 @@ def open_hdf5(
 ) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading; damage found in the context becomes a DamagedDataError.
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    content : file object, optional
-        Content of the file if it was read already.
-    what, remedy : str
-        What the file should be, and what to do if it is not, for messages.
+    `content` is the content of the file if it was read already. `what` the file should be, and the
+    `remedy` if it is not, are for messages.
     """
     try:
         with h5py.File(content or path, "r") as file:

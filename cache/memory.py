@@ -11,12 +11,7 @@ def free_host_bytes(root: Path = _ROOT) -> int:
 
     This is the free memory of the machine or, if less, what the process's control groups (version
     1 or 2: a batch job, a container) leave. Cached files count as free, because the kernel drops
-    them when memory is needed.
-
-    Parameters
-    ----------
-    root : Path
-        Folder with ``proc`` and ``sys``.
+    them when memory is needed. `root` holds ``proc`` and ``sys``.
     """
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     machine = dict(line.split(":", 1) for line in lines)

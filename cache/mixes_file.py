@@ -183,18 +183,7 @@ def write_mixes(
     arrays: Mapping[str, npt.NDArray[Any]],
     packages: dict[str, str],
 ) -> None:
-    """Write one file of mixes atomically.
-
-    Parameters
-    ----------
-    path : Path
-        One of `MixesConfig.files_of_epoch`.
-    config, epoch : MixesConfig, int
-        Configuration and epoch of the mixes.
-    arrays : mapping of str to ndarray
-        Arrays with the names and shapes of `MixesConfig.datasets`; they are cast to the dtypes.
-    packages : dict of str to str
-        Versions of the packages that made the mixes.
+    """Write one file of mixes atomically; `arrays` are those of `MixesConfig.datasets`.
 
     Raises
     ------
@@ -257,17 +246,7 @@ class MixesFile:
 
     @classmethod
     def read(cls, path: Path) -> "MixesFile":
-        """Read and check a file.
-
-        Raises
-        ------
-        MissingDataError
-            If there is no such file.
-        FormatVersionError
-            If the file has another version of the format.
-        DamagedDataError
-            If anything is not as the format prescribes.
-        """
+        """Read and check a file; raises CacheError if it is missing or not as the format says."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:

@@ -35,13 +35,7 @@ def holds_mixes(folder: Path) -> bool:
 
 
 def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> None:
-    """Read all files of the first epochs and write their index.
-
-    Raises
-    ------
-    CacheError
-        If a file is missing, damaged, or of another configuration.
-    """
+    """Read all files of the first epochs and write their index; raises CacheError for bad files."""
     files: dict[str, dict[str, Any]] = {}
     packages: dict[str, str] = {}
     for epoch in range(num_epochs):
@@ -143,13 +137,7 @@ class Mixes:
                 )
 
     def of(self, shards: Shards) -> "RenderedMixes":
-        """Return the mixes as excerpts of the shards that they were rendered from.
-
-        Raises
-        ------
-        MismatchError
-            If the mixes were rendered from other shards.
-        """
+        """Return the mixes as excerpts of their shards; raises MismatchError for other shards."""
         config = self.config
         if config.shards != shards.index.fingerprint:
             raise MismatchError(

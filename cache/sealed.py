@@ -15,22 +15,10 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path, *, format_name: str, version: int, command: str) -> dict[str, Any]:
-    """Read and check a file of `write_sealed`.
+    """Read a file of `write_sealed` with the expected format and version, written by `command`.
 
-    Parameters
-    ----------
-    path : Path
-        The file, an index in the folder that it describes.
-    format_name, version : str, int
-        Expected values of the fields ``format`` and ``version``.
-    command : str
-        Command that writes the file, for messages.
-
-    Returns
-    -------
-    dict
-        The content with its digest. The digest protects against damage, not against forgery: the
-        caller still has to check fields and types.
+    The digest protects against damage, not against forgery: the caller still has to check fields
+    and types.
 
     Raises
     ------

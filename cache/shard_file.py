@@ -171,18 +171,9 @@ class ShardFile:
         return DamagedDataError(f"{self.path}: {problem}; {_REMEDY}")
 
     def read(self, track: int, name: str, entry: int, *, verify: bool) -> npt.NDArray[Any]:
-        """Return one entry of a dataset as a read-only memory map.
+        """Return one entry of axis 0 (signal) of a track's dataset as a read-only memory map.
 
-        Parameters
-        ----------
-        track : int
-            Position of the track in the shard.
-        name : str
-            Dataset, e.g. ``stft``.
-        entry : int
-            Position on axis 0, the signal.
-        verify : bool
-            Compare the entry with its digest the first time it is read.
+        With `verify`, the entry is compared with its digest the first time it is read.
 
         Raises
         ------
