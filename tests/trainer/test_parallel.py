@@ -77,7 +77,9 @@ def two_processes(
     for name in SETTINGS:
         (folder / name).mkdir()
     arguments = [folder / "script.py", shards, folder, folder / "configs.json"]
-    subprocess.run([*TORCHRUN, *arguments], check=True, timeout=300, env=environment())
+    # A warning ends the training, as it would end a test.
+    strict = {**environment(), "PYTHONWARNINGS": "error::FutureWarning,error::DeprecationWarning"}
+    subprocess.run([*TORCHRUN, *arguments], check=True, timeout=300, env=strict)
     return folder
 
 
