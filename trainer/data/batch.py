@@ -110,7 +110,7 @@ class Example(NamedTuple):
     mixture_BCT : Tensor
         Waveform of the mixture, float32.
     references_SNBCF : Tensor
-        Magnitudes of the sources, float32.
+        Spectra of the sources, complex64.
     references_SBCT : Tensor
         Waveforms of the sources, float32.
     windows : TeacherWindows or None
@@ -141,4 +141,4 @@ def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
         sources_SNBCF = spectra_GNBCF * batch.gains[:, None, :, None, None]
         sources_SBCT = synthesise(sources_SNBCF, hop_samples)
         mixture_NBCF, mixture_BCT = sources_SNBCF.sum(0), sources_SBCT.sum(0)
-    return Example(mixture_NBCF, mixture_BCT, sources_SNBCF.abs(), sources_SBCT, batch.windows)
+    return Example(mixture_NBCF, mixture_BCT, sources_SNBCF, sources_SBCT, batch.windows)

@@ -68,7 +68,7 @@ class Objective:
             separation = model(example.mixture_NBCF.abs(), example.windows)
         terms = self._separation_loss(
             estimates_SNBCF=separation.estimates_SNBCF,
-            references_SNBCF=example.references_SNBCF,
+            references_SNBCF=example.references_SNBCF.abs(),
             estimates_SBCT=time_signals(
                 separation.estimates_SNBCF, example.mixture_NBCF, self._hop_samples
             ),
