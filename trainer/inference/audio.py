@@ -1,4 +1,4 @@
-"""Read any audio file block by block at a wanted rate, and write wav files that appear complete."""
+"""Read audio files block by block at a given rate, and write wav files atomically."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,12 @@ AUDIO_SUFFIXES = frozenset(
     | {".oga", ".ogg", ".opus", ".wav", ".webm", ".wma"}
 )
 _INSTALL = "run `pip install flsep[trainer]`"
-# These containers say how long they are; the length of the others is FFmpeg's guess.
+# These containers declare their length; for others FFmpeg estimates it.
 _KNOW_THEIR_LENGTH = {"wav", "flac", "ogg", "aiff", "mov,mp4,m4a,3gp,3g2,mj2"}
-_MISSING_SECONDS = 0.5
+_TOLERATED_SECONDS = 0.5
+"""A file that is shorter than declared by more than this was cut short."""
 _UNKNOWN_BYTES = 0x7FFFF000
+"""A wav header that declares this or more leaves the length open."""
 
 
 def read_blocks(
@@ -35,22 +37,22 @@ def read_blocks(
     Parameters
     ----------
     path : Path
-        Any format that FFmpeg reads.
+        File in any format that FFmpeg reads.
     sample_rate_hz : int
-        Wanted rate.
+        Sample rate of the blocks.
     num_channels : int
-        Wanted channels; mono is duplicated, anything else must have as many.
+        Channels of the blocks; mono is duplicated, other files must have as many.
 
     Yields
     ------
     ndarray
-        float32 [channel, sample], full scale 1; of any length.
+        float32 [channel, sample], full scale 1, of any length.
 
     Raises
     ------
     AudioError
-        If the file cannot be decoded to its end, holds no audio, NaN or infinity, or has another
-        number of channels.
+        If the file cannot be decoded to its end, holds no audio, holds NaN or infinity, or has
+        another number of channels.
     """
     try:
         import av
@@ -70,20 +72,20 @@ def read_blocks(
                 )
             declared_seconds = _declared_seconds(container, stream)
             most_samples = round(declared_seconds * sample_rate_hz) or sys.maxsize
-            resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
+            resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)  # planar float32
             for frame in _frames_and_end(container.decode(stream)):
                 for resampled in resampler.resample(frame):
                     block = resampled.to_ndarray().astype(np.float32, copy=False)
                     if not np.isfinite(block).all():
                         raise AudioError(f"{path}: holds NaN or infinity; repair it")
-                    # Codecs with frames of a fixed size go beyond the end.
+                    # Codecs with frames of a fixed size decode beyond the end.
                     block = block[:, : most_samples - num_samples]
                     num_samples += block.shape[1]
                     yield np.broadcast_to(block, (num_channels, block.shape[1]))
     except av.FFmpegError as error:
         raise AudioError(f"{path}: cannot be decoded ({error.strerror}); damaged?") from error
     seconds = num_samples / sample_rate_hz
-    if seconds < declared_seconds - _MISSING_SECONDS:
+    if seconds < declared_seconds - _TOLERATED_SECONDS:
         raise AudioError(
             f"{path}: holds {seconds:.2f} of the {declared_seconds:.2f} s that it declares; "
             "cut short, replace it"
@@ -93,14 +95,14 @@ def read_blocks(
 
 
 def _check_riff(path: Path) -> None:
-    """Refuse a wav file that is shorter than its header says: FFmpeg takes it as it is."""
+    """Refuse a wav file that is shorter than its header declares; FFmpeg does not mind."""
     if path.suffix.lower() != ".wav" or not path.is_file():
         return
     with open(path, "rb") as file:
         header = file.read(8)
     declared_bytes = int.from_bytes(header[4:], "little")
     found_bytes = path.stat().st_size - 8
-    # The last pad byte is often left out; programs that write to a pipe declare the utmost.
+    # The last pad byte is often missing; programs that write to a pipe declare the maximum.
     if header[:4] == b"RIFF" and found_bytes + 1 < declared_bytes < _UNKNOWN_BYTES:
         raise AudioError(
             f"{path}: holds {found_bytes} of the {declared_bytes} bytes that it declares; "
@@ -109,17 +111,13 @@ def _check_riff(path: Path) -> None:
 
 
 def _frames_and_end(frames: Iterator["av.AudioFrame"]) -> Iterator["av.AudioFrame | None"]:
-    """Pass frames on, then None, which makes a resampler give what it still holds."""
-    num_frames = 0
-    for frame in frames:
-        num_frames += 1
-        yield frame
-    if num_frames:
-        yield None
+    """Pass frames on, then None, which makes a resampler return the samples that it buffers."""
+    yield from frames
+    yield None
 
 
 def _declared_seconds(container: Any, stream: Any) -> float:
-    """Return how long a stream says it is, 0 if it does not."""
+    """Return the length that a stream declares, 0 if it declares none."""
     if container.format.name not in _KNOW_THEIR_LENGTH or stream.duration is None:
         return 0.0
     return float(stream.duration * stream.time_base)
@@ -131,18 +129,18 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 class WavWriters:
-    """Write one wav file a source, block by block; they get their names when all are complete.
+    """Write one wav file a source, block by block; the files appear when all are complete.
 
-    The samples are 32-bit floats: an estimate may exceed full scale, and must not clip.
+    The samples are 32-bit floats, since an estimate may exceed full scale and must not clip.
 
     Parameters
     ----------
     folder : Path
-        Made if needed.
+        Folder of the files, made if needed and removed if it stays empty.
     names : sequence of str
-        ``<name>.wav`` each.
+        Names of the sources; the files are ``<name>.wav``.
     sample_rate_hz, num_channels : int
-        Of the audio.
+        Sample rate and number of channels of the audio.
 
     Raises
     ------

@@ -23,10 +23,10 @@ class Run:
     ==================== =======================================================================
     ``config.json``      the resolved configuration, the shards and their fingerprint
     ``environment.json`` versions of Python and packages, machine, device, seed
-    ``metrics.jsonl``    one line an epoch: every loss term apart, training and validation
+    ``metrics.jsonl``    one line an epoch: each term of the loss, in training and validation
     ``events.*``         the same for TensorBoard (``tensorboard --logdir RUN``)
     ``best.safetensors`` weights with the lowest validation loss
-    ``last.safetensors`` weights and all that ``--resume`` needs
+    ``last.safetensors`` weights and everything that ``--resume`` needs
     ``evaluation/``      scores, written by ``flsep-train evaluate``
     ==================== =======================================================================
     """
@@ -44,12 +44,12 @@ class Run:
         Parameters
         ----------
         overwrite : bool
-            Remove what an earlier run left there (and nothing else).
+            Remove the files of an earlier run (and no other files).
 
         Raises
         ------
         RunError
-            If it is not empty and `overwrite` is false, or cannot be written into.
+            If the folder is not empty and `overwrite` is false, or cannot be written into.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,12 +66,12 @@ class Run:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether a run began here and was killed before it saved anything."""
+        """Whether a run started here and was killed before it saved anything."""
         began = (self.folder / "config.json").exists()
         return began and not (self.best.exists() or self.last.exists())
 
     def require_writable(self) -> None:
-        """Raise RunError unless files can be made in the folder; remove what a kill left there."""
+        """Raise RunError unless the folder is writable; remove temporary files of killed runs."""
         probe = self.folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
         try:
             probe.touch()
@@ -84,6 +84,7 @@ class Run:
         return RunError(f"cannot write the run folder {self.folder} ({reason}); choose another")
 
     def _remove(self) -> None:
+        """Remove the files of a run, and leave any others."""
         names = ("config.json", "environment.json", "metrics.jsonl", "*.safetensors", "events.*")
         for name in names:
             for path in self.folder.glob(name):
@@ -96,31 +97,31 @@ class Run:
         write_json(self.folder / "environment.json", environment)
 
     def trim_metrics(self, num_epochs: int) -> None:
-        """Forget lines beyond the first epochs: a resumed run writes them again."""
+        """Keep the lines of the first epochs: a resumed run writes the others again."""
         if not self.metrics.exists():
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(self.metrics, "".join(lines[:num_epochs]))
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write one epoch's line."""
+        """Append the line of one epoch."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
 
 class EventLog:
-    """TensorBoard scalars, written without ``torch.utils.tensorboard``, which loads TensorFlow.
+    """Writes TensorBoard scalars without ``torch.utils.tensorboard``, which loads TensorFlow.
 
     Parameters
     ----------
     folder : Path
-        Where the file goes; ``tensorboard --logdir`` finds it.
+        Folder of the new event file.
     first_step : int
-        What earlier files in the folder say about this step and later ones is void.
+        TensorBoard discards this step and later ones of earlier files in the folder.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        # Here: only a training needs it, and it takes a quarter of a second.
+        # Imported here: it takes a quarter of a second, and only a training needs it.
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -128,10 +129,11 @@ class EventLog:
         self._file = open(folder / name, "wb")  # noqa: SIM115
         self._writer = RecordWriter(self._file)
         self._write(step=first_step, file_version="brain.Event:2")
+        # This event makes TensorBoard discard the steps of earlier files.
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        """Write scalars of one step."""
+        """Write the scalars of one step."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
@@ -141,7 +143,7 @@ class EventLog:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
-        self._file.flush()
+        self._file.flush()  # so that TensorBoard shows an epoch when it ends
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +158,7 @@ class EventLog:
 
 
 def list_packages() -> dict[str, str]:
-    """Return the versions of the packages that a training depends on."""
+    """Return the versions of the packages that determine a training."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -167,7 +169,7 @@ def list_packages() -> dict[str, str]:
 
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
-    """Return what ``environment.json`` says."""
+    """Return the content of ``environment.json``."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
