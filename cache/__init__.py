@@ -16,8 +16,9 @@ from flsep.cache.indexing import build_index, write_index
 from flsep.cache.mixes_file import MixesConfig, MixesFile, write_mixes
 from flsep.cache.mixes_folder import Mixes, RenderedMixes, write_mixes_index
 from flsep.cache.reader import ShardFile, Shards
+from flsep.cache.track_writer import TrackPlan
 from flsep.cache.verify import ShardVerdict, verify_mixes, verify_shard, verify_shards
-from flsep.cache.writer import ShardWriter, TrackPlan
+from flsep.cache.writer import ShardWriter
 
 __all__ = [
     "MIXTURE",
