@@ -28,7 +28,7 @@ decode = track.decode
 
 def planted(source, **options):
     if source.path.parent.name == "t2":
-        zip_strictly = list(zip([1], [1, 2], strict=True))
+        list(zip([1], [1, 2], strict=True))
     return decode(source, **options)
 
 
@@ -143,10 +143,10 @@ def test_a_bug_in_a_task_shows_its_traceback(
     )
     assert process.returncode == 70, process.stderr
     assert "Traceback" in process.stderr
-    assert "zip_strictly" in process.stderr
     assert "in planted" in process.stderr  # where it happened, also on a worker
     assert "zip() argument 2 is longer than argument 1" in process.stderr
-    assert not list((tmp_path / "s").glob("*.failed.json"))
+    records = [path.read_text() for path in (tmp_path / "s").glob("*.failed.json")]
+    assert not any("t2" in text for text in records)
     assert not (tmp_path / "s" / "index.json").exists()
 
 
