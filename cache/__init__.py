@@ -16,8 +16,9 @@ from flsep.cache.mixes_file import MixesConfig, MixesFile, write_mixes
 from flsep.cache.mixes_folder import Mixes, RenderedMixes, write_mixes_index
 from flsep.cache.reader import Shards
 from flsep.cache.shard_file import ShardFile
+from flsep.cache.track_writer import TrackPlan
 from flsep.cache.verify import verify_mixes, verify_shard, verify_shards
-from flsep.cache.writer import ShardWriter, TrackPlan
+from flsep.cache.writer import ShardWriter
 
 __all__ = [
     "SPLITS",

@@ -1,4 +1,4 @@
-"""Settings of the precomputation; they alone decide what the shards hold."""
+"""Settings that decide what the shards hold."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,8 +8,8 @@ from flsep.cache.format import STFT_DTYPES
 from flsep.pipeline.errors import SettingsError
 
 WORKER_BYTES = 9 << 28
-"""What a worker needs with VGGish, however long its tracks are: 1.5 GiB, measured, and room for
-more channels and sources. Dask gives no new task to a worker that takes 80 % of its limit."""
+"""Memory of a worker with VGGish, whatever the length of its tracks: 1.5 GiB measured, and room for
+more channels and sources. Dask gives no new task to a worker that uses 80 % of its limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,18 +19,18 @@ class FeatureConfig:
     Attributes
     ----------
     sample_rate_hz, num_channels : int
-        Other rates are resampled, mono is copied to all channels; a file with yet another number
-        of channels is rejected.
+        Audio of another rate is resampled, and mono is copied to all channels. Files with any
+        other number of channels are rejected.
     n_fft, hop_samples : int
-        Of the STFT.
+        Window and hop of the STFT.
     stft_dtype : {"float16", "float32"}
         float16 keeps about 80 dB through the inverse transform, at half the size.
     audio_splits : tuple of str
-        Splits whose audio is stored too, to be separated and scored.
+        Splits whose audio is stored too, which evaluation needs.
     valid_fraction : float, optional
-        Share of the training tracks held out for validation; None leaves it to the corpus.
+        Fraction of the training tracks to hold out for validation; None leaves it to the corpus.
     test_fraction : float
-        Share held out for testing where the corpus has no test tracks.
+        Fraction to hold out for testing, for a corpus without test tracks.
     seed : int
         Draws the tracks that are held out.
     """

@@ -1,23 +1,46 @@
-"""What can be wrong with a corpus, a track or a teacher."""
+"""Expected failures of the precomputation."""
 
 from flsep.cache.errors import FlsepError
 
 
-class TrackError(FlsepError):
-    """A track that cannot be stored; the others go on."""
-
-
-class MediaError(FlsepError):
-    """An audio file that is missing, damaged, or not of the shape that was asked for."""
-
-
-class TeacherError(FlsepError):
-    """A teacher that cannot be found, downloaded, built or used."""
+class SettingsError(FlsepError):
+    """Options contradict each other, or a value cannot be used."""
 
 
 class CorpusError(FlsepError):
-    """A corpus that is missing, or not laid out as expected."""
+    """A corpus is missing, or not laid out as expected."""
 
 
-class SettingsError(FlsepError):
-    """Options that contradict each other, or a value that cannot be used."""
+class MediaError(FlsepError):
+    """An audio file is missing, damaged, or not of the expected rate, length or channels."""
+
+
+class SignalError(FlsepError):
+    """Audio cannot be turned into features: too short, too loud or not finite."""
+
+
+class TrackError(FlsepError):
+    """A track cannot be stored.
+
+    Attributes
+    ----------
+    track, reason : str
+        Name of the track, and why it cannot be stored.
+    """
+
+    def __init__(self, track: str, reason: str) -> None:
+        super().__init__(track, reason)
+        self.track = track
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Return track and reason as one text."""
+        return f"{self.track}: {self.reason}"
+
+
+class TeacherError(FlsepError):
+    """A teacher cannot be found, downloaded, built or used."""
+
+
+class WorkerError(FlsepError):
+    """Workers cannot be started or reached, or died on a task."""

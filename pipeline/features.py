@@ -1,6 +1,6 @@
-"""Turn waveforms into what a shard stores: arrays in, arrays out, no files, no Dask.
+"""Turn waveforms into the arrays of a shard: arrays in, arrays out, no files, no Dask.
 
-Long waveforms come and go in blocks, so that memory does not depend on their length.
+Waveforms are processed in blocks, so that memory does not depend on their length.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,24 @@ import soxr
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import DTypeLike, NDArray
 
+from flsep.pipeline.errors import SignalError
+
 SILENCE_DB = -120.0
-"""The floor of `activity_db`: the level of digital silence, dBFS."""
+"""Lowest level that `activity_db` returns, in dBFS: that of digital silence."""
 
 _SMALLEST_NORMAL = np.float32(2**-14)  # of float16
-_CONVERTED_AT_ONCE = 1 << 15  # numbers, so that they stay in the cache
+_CONVERTED_AT_ONCE = 1 << 15  # numbers; as many as fit into the processor's cache
 
 
 class Pieces:
-    """Cut a waveform that comes in blocks into pieces that may overlap.
+    """Cut a waveform that comes in blocks into pieces of equal length, which may overlap.
 
     Parameters
     ----------
     size
-        Samples of a piece.
+        Length of a piece in samples.
     step
-        Samples from the start of one piece to that of the next.
+        Samples from the start of one piece to the start of the next.
     """
 
     def __init__(self, size: int, step: int) -> None:
@@ -36,12 +38,12 @@ class Pieces:
         self._step = step
         self._buffer = np.empty(0, np.float32)
         self._num_held = 0
-        self._num_skipped = 0  # left to skip, where pieces do not touch
+        self._num_skipped = 0  # samples still to skip, if there are gaps between pieces
 
     def add(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
         """Take the next samples, float32 [..., sample]; yield the pieces that they complete.
 
-        A piece is overwritten when the next one is asked for.
+        All pieces share one buffer: use or copy a piece before asking for the next.
         """
         if not self._buffer.size:
             self._buffer = np.empty((*block.shape[:-1], self._size), np.float32)
@@ -59,36 +61,31 @@ class Pieces:
             if self._num_held < self._size:
                 return
             yield self._buffer
+            # The overlap with the next piece moves to the front of the buffer.
             kept = max(self._size - self._step, 0)
             self._buffer[..., :kept] = self._buffer[..., self._size - kept :]
             self._num_held = kept
             self._num_skipped = max(self._step - self._size, 0)
 
     def rest(self) -> NDArray[np.float32]:
-        """Return the samples from the start of the piece that the end of the waveform cut short."""
+        """Return the samples of the last, incomplete piece."""
         return self._buffer[..., : self._num_held]
 
 
 class Stft:
     """Compute the short-time Fourier transform of a waveform that comes in blocks.
 
-    Periodic Hann window, centred frames (frame k is centred on sample k * hop), reflected at both
-    ends, not normalised: what `librosa.stft` and `torch.stft` compute by default. There are
-    1 + num_samples // hop frames.
+    The result is that of `librosa.stft` and `torch.stft`: periodic Hann window, frame k centred on
+    sample k * hop, reflection at both ends, no normalisation, 1 + num_samples // hop frames.
 
     Parameters
     ----------
     n_fft
-        Samples of a window, even.
+        Length of a window in samples, even.
     hop
         Samples from one frame to the next.
     block_frames
-        Frames of every block of the result but the last; the values do not depend on it.
-
-    Raises
-    ------
-    ValueError
-        If a size makes no sense.
+        Frames in each block of the result except the last. The values do not depend on it.
     """
 
     def __init__(self, *, n_fft: int = 4096, hop: int = 1024, block_frames: int = 128) -> None:
@@ -102,7 +99,7 @@ class Stft:
         self._hop = hop
         self._window = _hann(n_fft)
         self._pieces = Pieces((block_frames - 1) * hop + n_fft, block_frames * hop)
-        self._ends: NDArray[np.float32] | None = None  # what to reflect: the start, then the end
+        self._ends: NDArray[np.float32] | None = None  # samples to reflect: first start, then end
         self._is_started = False
 
     def add(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.complex64]]:
@@ -111,12 +108,7 @@ class Stft:
         Yields
         ------
         complex64 [frame, channel, bin]
-            The blocks of frames that they complete, n_fft // 2 + 1 bins.
-
-        Raises
-        ------
-        ValueError
-            If the waveform has another rank.
+            The blocks of frames that these samples complete, n_fft // 2 + 1 bins.
         """
         if block.ndim != 2:
             raise ValueError(f"a waveform of shape {block.shape}: expected [channel, sample]")
@@ -125,6 +117,7 @@ class Stft:
         if self._ends is not None and (not self._is_started or block.shape[1] <= half):
             block = np.concatenate([self._ends, block], axis=1)
         if not self._is_started:
+            # The reflection at the start takes half a window: collect blocks until it is there.
             self._is_started = block.shape[1] > half
             mirrored = np.concatenate([block[:, half:0:-1], block], axis=1)
             fresh = mirrored if self._is_started else block[:, :0]
@@ -132,10 +125,10 @@ class Stft:
         yield from map(self._transform, self._pieces.add(fresh))
 
     def finish(self) -> Iterator[NDArray[np.complex64]]:
-        """Yield the last blocks; raises ValueError if the waveform was too short."""
+        """Yield the last blocks; raises SignalError if the waveform was too short."""
         if self._ends is None or not self._is_started:
             num_samples = 0 if self._ends is None else self._ends.shape[1]
-            raise ValueError(
+            raise SignalError(
                 f"a waveform of {num_samples} samples: expected at least {self._n_fft // 2 + 1} to "
                 f"reflect half a window of n_fft {self._n_fft}; leave the track out"
             )
@@ -155,17 +148,18 @@ class Stft:
 def inverse_stft(spectrum: NDArray[np.complex64], *, n_fft: int, hop: int) -> NDArray[np.float32]:
     """Invert the short-time Fourier transform of one channel.
 
-    Griffin and Lim (1984): windowed again, overlapped and added, divided by the sum of the squared
-    windows; what `librosa.istft` computes.
+    Overlap-add of windowed frames, divided by the sum of the squared windows, as in
+    `librosa.istft`; Griffin and Lim (1984), "Signal estimation from modified short-time Fourier
+    transform", equation 6.
 
     Parameters
     ----------
     spectrum
-        complex64 [frame, bin] as from `Stft`; bins that are left out at the top count as 0.
+        complex64 [frame, bin] as from `Stft`; missing bins at the top count as 0.
     n_fft
-        Samples of a window.
+        Length of a window in samples.
     hop
-        Samples from one frame to the next, n_fft // 2 at most.
+        Samples from one frame to the next, at most n_fft // 2.
 
     Returns
     -------
@@ -191,7 +185,7 @@ def _overlap_add(frames: NDArray[np.float32], hop: int) -> NDArray[np.float32]:
 @lru_cache(maxsize=4)
 def _inverse_weight(num_frames: int, n_fft: int, hop: int) -> NDArray[np.float32]:
     weight = _overlap_add(np.broadcast_to(_hann(n_fft) ** 2, (num_frames, n_fft)), hop)
-    # The very ends, which are cut off, have the weight 0.
+    # The weight is 0 at the very ends, which the caller cuts off.
     return np.reciprocal(np.maximum(weight, _SMALLEST_NORMAL))
 
 
@@ -201,7 +195,7 @@ def _hann(size: int) -> NDArray[np.float32]:
 
 
 def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
-    """Lay out complex numbers as a shard stores them: real and imaginary part, in one precision.
+    """Convert complex numbers to pairs of real and imaginary part, as a shard stores them.
 
     Parameters
     ----------
@@ -213,12 +207,12 @@ def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
     Returns
     -------
     packed
-        dtype [..., 2]; in float32 a view of the spectrum.
+        dtype [..., 2]; for float32 a view of the spectrum.
 
     Raises
     ------
-    ValueError
-        If a part is NaN, infinite, or beyond what the dtype holds (65504 in float16).
+    SignalError
+        If a part is NaN, infinite, or too large for the dtype (65504 in float16).
     """
     target = np.dtype(dtype)
     if target not in (np.float16, np.float32):
@@ -226,19 +220,19 @@ def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
     parts = spectrum.view(np.float32).reshape(*spectrum.shape, 2)
     peak = np.maximum(parts.max(initial=0), -parts.min(initial=0))
     limit = float(np.finfo(target).max)
-    if not peak <= limit:  # so that NaN fails too
+    if not peak <= limit:  # true for NaN too
         remedy = "; use --stft-dtype float32" if np.isfinite(peak) else "; look at the waveform"
-        raise ValueError(f"a spectrum of magnitude {peak:g}: expected at most {limit:g}{remedy}")
+        raise SignalError(f"a spectrum of magnitude {peak:g}: expected at most {limit:g}{remedy}")
     return parts if target == np.float32 else _to_float16(parts)
 
 
 def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """Round to the nearest float16, ties to even: `values.astype(np.float16)`, faster.
 
-    NumPy converts a number at a time, very slowly those below 2**-14. Here the addition unit does
-    the rounding: beside 2**(exponent + 13) a float32 has as many bits left for a number with that
-    exponent as float16 has. The lowest bits of the sum are then the mantissa, leading one included,
-    which carries into the exponent that is added to it.
+    NumPy converts one number at a time, and numbers below 2**-14 very slowly. Here a float32
+    addition does the rounding: in the sum of a number and 2**(exponent + 13), as many bits are left
+    for the number as float16 has. The lowest bits of the sum are then the mantissa with its leading
+    one, which carries into the exponent that is added to it.
 
     Parameters
     ----------
@@ -268,10 +262,11 @@ def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def widen(packed: NDArray[Any], factor: float, scratch: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Multiply packed numbers with a factor in float32: ``packed * np.float32(factor)``, faster.
+    """Multiply packed numbers by a factor in float32: ``packed * np.float32(factor)``, faster.
 
-    NumPy converts a float16 at a time. Here its bits are moved to where float32 has them; what is
-    left is the distance of the exponents' biases, which goes into the factor.
+    NumPy converts one float16 at a time. Here the bits of all numbers are shifted to their places
+    in float32. The exponents are then too small by the difference of the biases, 112, which the
+    factor makes up for.
 
     Parameters
     ----------
@@ -291,9 +286,9 @@ def widen(packed: NDArray[Any], factor: float, scratch: NDArray[np.int32]) -> ND
     if packed.dtype != np.float16:
         np.multiply(packed, np.float32(factor), out=product)
         return product
-    np.copyto(scratch, packed.view(np.int16))  # the sign in all upper bits
+    np.copyto(scratch, packed.view(np.int16))  # extends the sign to all upper bits
     scratch <<= 13
-    scratch &= ~0x70000000
+    scratch &= ~0x70000000  # clear these extra signs from the exponent
     product *= np.float32(factor) * np.float32(2.0**112)
     return product
 
@@ -304,10 +299,10 @@ class MonoStream:
     Parameters
     ----------
     from_hz, to_hz
-        Rates.
+        Sample rates.
     num_samples
-        Of the result: codecs and resamplers differ by a few, so the end is cut or filled with
-        zeros.
+        Length of the result. The resampler may give a few samples more or fewer, so the end is cut
+        or filled with zeros.
     """
 
     def __init__(self, from_hz: int, to_hz: int, num_samples: int) -> None:
@@ -319,19 +314,19 @@ class MonoStream:
         self._num_missing = num_samples
 
     def add(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Take the next samples, float32 [channel, sample]; return what is ready, [sample]."""
+        """Take the next samples, float32 [channel, sample]; return mono samples, [sample]."""
         mono: NDArray[np.float32] = block.mean(axis=0, dtype=np.float32)
-        return self._count(self._resampler.resample_chunk(mono) if self._resampler else mono)
+        return self._limit(self._resampler.resample_chunk(mono) if self._resampler else mono)
 
     def finish(self) -> NDArray[np.float32]:
         """Return the last samples, [sample]."""
         if self._resampler:
-            left = self._count(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
+            left = self._limit(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
         else:
             left = np.empty(0, np.float32)
         return np.pad(left, (0, self._num_missing))
 
-    def _count(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _limit(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         samples = samples[: self._num_missing]
         self._num_missing -= len(samples)
         return samples
@@ -347,22 +342,17 @@ def activity_db(
     mono
         float32 [sample], full scale 1.
     window_samples
-        Samples of a window; one that runs past the end counts the samples that are there.
+        Length of a window; a window that exceeds the waveform is measured up to its end.
     hop_samples
         Samples from one window to the next.
     num_windows
-        How many windows the teacher made.
+        Number of windows of the teacher.
 
     Returns
     -------
     level
         float32 [window]: 10 log10 of the mean square, dBFS, at least `SILENCE_DB`. A sine of
         amplitude 1 has -3.01 dBFS.
-
-    Raises
-    ------
-    ValueError
-        If the last window starts beyond the waveform.
     """
     starts = hop_samples * np.arange(num_windows)
     if num_windows and starts[-1] >= len(mono):
@@ -376,19 +366,17 @@ def activity_db(
 
 
 class MagnitudeMoments:
-    """Accumulate what a corpus's mean and standard deviation of the magnitude, per bin, need.
+    """Accumulate the moments from which mean and standard deviation of the magnitude follow.
 
-    As open-unmix fits its scaler (open-unmix-pytorch, `scripts/train.py`, `get_statistics`): the
-    magnitudes are averaged over the channels, and each frame is one sample.
+    As in open-unmix-pytorch, `scripts/train.py`, `get_statistics`: magnitudes are averaged over the
+    channels, and each frame is one sample.
 
     Attributes
     ----------
     count
-        Frames added.
-    total
-        float64 [bin]: sum of the magnitudes.
-    total_squares
-        float64 [bin]: sum of their squares.
+        Number of frames added.
+    total, total_squares
+        float64 [bin]: sum of the magnitudes, and of their squares.
     """
 
     def __init__(self, num_bins: int) -> None:

@@ -6,5 +6,5 @@ _PACKAGES = ("flsep", "numpy", "h5py", "scipy", "soxr", "av", "soundfile", "tens
 
 
 def list_packages() -> dict[str, str]:
-    """Return the versions of the packages that decide what a shard holds."""
+    """Return those versions by package name."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}

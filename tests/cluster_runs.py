@@ -23,10 +23,10 @@ import os
 import time
 from pathlib import Path
 
-from flsep.pipeline import build
+from flsep.pipeline.shards import build, track
 
 FOLDER = Path(os.environ["FLSEP_WATCH"])
-make_shard, decode = build.make_shard, build.decode
+make_shard, decode = build.make_shard, track.decode
 
 
 def watched(task, settings, **options):
@@ -50,7 +50,7 @@ def disturbed(source, **options):
 
 
 def dask_setup(worker):
-    build.make_shard, build.decode = watched, disturbed
+    build.make_shard, track.decode = watched, disturbed
 """
 
 

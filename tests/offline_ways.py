@@ -72,8 +72,9 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
     """Make the shard of a corpus of one track, as a worker does: the teacher has one thread."""
     from flsep.pipeline.config import FeatureConfig
     from flsep.pipeline.corpus.tracks import find_corpus
-    from flsep.pipeline.shards.build import ShardSettings, make_shard
+    from flsep.pipeline.shards.build import make_shard
     from flsep.pipeline.shards.plan import plan_shards
+    from flsep.pipeline.shards.settings import ShardSettings
     from flsep.pipeline.teachers.teacher import Teacher, load_once
 
     config = FeatureConfig()

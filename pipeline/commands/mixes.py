@@ -1,7 +1,6 @@
 """The command ``flsep-precompute mixes``."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,37 +8,38 @@ import click
 
 from flsep.cache import SPLITS, MixesConfig, Shards
 from flsep.cache.mixes_file import EMBEDDING_DTYPES
-from flsep.pipeline.commands.reporting import describe_time, show_bytes, show_hours
-from flsep.pipeline.commands.workers import (
-    Pair,
-    choose_workers,
-    describe_workers,
-    start_workers,
-    worker_options,
+from flsep.pipeline.commands.parameter_types import FOLDER, Pair
+from flsep.pipeline.commands.reporting import (
+    describe_part,
+    describe_summary,
+    show_bytes,
+    show_hours,
+    show_progress,
 )
+from flsep.pipeline.commands.stages import run_with_workers
+from flsep.pipeline.commands.worker_options import choose_workers, describe_workers, worker_options
 
 if TYPE_CHECKING:
-    from flsep.pipeline.mixes.run import MixesSummary
-    from flsep.pipeline.mixes.task import MixesReport, MixesTask
+    from flsep.pipeline.mixes.task import MixesTask
 
-_FOLDER = click.Path(path_type=Path, file_okay=True)
+_CHOSEN = ("split", "seed", "min_gain", "max_gain", "swap_probability", "embedding_dtype")
 
 
 @click.command("mixes")
-@click.argument("shards", type=_FOLDER)
-@click.argument("out", type=_FOLDER)
+@click.argument("shards", type=FOLDER)
+@click.argument("out", type=FOLDER)
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
     required=True,
-    help="How many; a longer training begins again with the first. More can be added later.",
+    help="Number of epochs; longer trainings start over. More can be added later.",
 )
 @click.option(
     "--excerpts-per-track",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="An epoch has this many mixes for each track.",
+    help="Mixes in an epoch for each track.",
 )
 @click.option("--seconds", type=float, default=6.0, show_default=True, help="Length of an excerpt.")
 @click.option(
@@ -50,18 +50,22 @@ _FOLDER = click.Path(path_type=Path, file_okay=True)
     help="Draws the mixes, as the seed of `flsep-train fit --mixing random` does.",
 )
 @click.option(
-    "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="What to mix."
+    "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Tracks to mix."
 )
-@click.option("--min-gain", type=float, default=0.25, show_default=True, help="Of a source.")
-@click.option("--max-gain", type=float, default=1.25, show_default=True, help="Of a source.")
+@click.option(
+    "--min-gain", type=float, default=0.25, show_default=True, help="Least gain of a source."
+)
+@click.option(
+    "--max-gain", type=float, default=1.25, show_default=True, help="Largest gain of a source."
+)
 @click.option(
     "--swap-probability",
     type=float,
     default=0.5,
     show_default=True,
-    help="Of reversing the order of a source's channels.",
+    help="Probability of reversing the order of a source's channels.",
 )
-@click.option("--stems", is_flag=True, help="Let the teacher hear each scaled stem of a mix too.")
+@click.option("--stems", is_flag=True, help="Embed each scaled stem of a mix too.")
 @click.option(
     "--embedding-dtype",
     type=click.Choice(EMBEDDING_DTYPES),
@@ -78,7 +82,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=True)
     "--part",
     type=Pair("/"),
     metavar="I/N",
-    help="Make one of N parts alone; the same command without it then writes the index.",
+    help="Make only part I of N; the same command without it then writes the index.",
 )
 @click.option(
     "--verify/--no-verify",
@@ -101,24 +105,25 @@ def mixes_command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Render random mixes of the tracks of SHARDS, and write what the teacher hears to OUT.
+    """Render random mixes of the tracks of SHARDS, and write their embeddings to OUT.
 
     Each source of a mix comes from a random track, at a random position, with its own gain and
     channel swap. A mix takes a few kilobytes: its recipe, and the teacher's embedding of the
-    mixture. `flsep-train fit SHARDS --mixing rendered --mixes OUT` mixes the same again from
-    SHARDS. So each approach can be trained on random mixes, concat too.
+    mixture. `flsep-train fit SHARDS --mixing rendered --mixes OUT` repeats the same mixes from
+    SHARDS, so that every approach can be trained on random mixes, including concat.
 
-    Stopped at any point, the same command goes on where it was.
+    If a run is stopped, the same command resumes it.
 
     \b
     Examples:
       flsep-precompute mixes shards/ mixes/ --epochs 20
       flsep-precompute mixes shards/ mixes/ --epochs 100 --cluster slurm --workers 16
     """
-    from flsep.pipeline.execution.parts import share_tasks
-    from flsep.pipeline.mixes.run import make_config, plan_mixes, run_mixes
+    from flsep.pipeline.execution.parts import tasks_of_part
+    from flsep.pipeline.mixes.run import make_config, mixes_stage, plan_mixes
     from flsep.pipeline.mixes.task import MixesSettings
-    from flsep.pipeline.teachers.teacher import Teacher, resolve
+    from flsep.pipeline.teachers.savedmodel import resolve
+    from flsep.pipeline.teachers.teacher import Teacher
 
     workers = choose_workers(out.absolute(), options)
     opened = Shards(shards.absolute(), verify=verify)
@@ -132,18 +137,13 @@ def mixes_command(
         excerpt_seconds=seconds,
         excerpts_per_track=excerpts_per_track,
         with_stems=stems,
-        **{
-            name: options[name]
-            for name in (
-                "split", "seed", "min_gain", "max_gain", "swap_probability", "embedding_dtype"
-            )
-        },
-    )  # fmt: skip
+        **{name: options[name] for name in _CHOSEN},
+    )
     tasks: Sequence[MixesTask] = plan_mixes(config, epochs)
     describe_mixes(config, epochs)
     if part:
-        tasks = share_tasks(tasks, *part)
-        click.echo(f"part     {part[0]} of {part[1]}: {len(tasks)} files")
+        tasks = tasks_of_part(tasks, *part)
+    describe_part(part, len(tasks), "files")
     if dry_run:
         describe_workers(workers)
         return
@@ -156,19 +156,31 @@ def mixes_command(
         num_threads=1 if workers else None,
         verify=verify,
     )
-    with contextlib.ExitStack() as stack:
-        runner = stack.enter_context(start_workers(workers))
-        report = stack.enter_context(_progress(tasks))
-        summary = run_mixes(epochs, settings, runner=runner, report=report, part=part)
-    _describe_summary(summary, out)
+    progress = show_progress(
+        tasks,
+        "mixes",
+        count=lambda task: len(task.indices),
+        audio_seconds=lambda task: len(task.indices) * seconds,
+    )
+    stage = mixes_stage(epochs, settings)
+    summary = run_with_workers(stage, tasks, workers, progress, is_part=bool(part))
+    speed = summary.num_made / summary.wall_seconds
+    describe_summary(
+        summary,
+        out,
+        verb="rendered",
+        noun="mixes",
+        failing="files",
+        speed=f"{speed:.1f} mixes a second",
+    )
     if part:
-        click.echo("when all parts are done, run the same command without --part")
+        click.echo("when all parts have finished, run the same command without --part")
     if summary.failed:
         raise click.exceptions.Exit(1)
 
 
 def describe_mixes(config: MixesConfig, num_epochs: int) -> None:
-    """Say what some epochs of mixes are, and what they take."""
+    """Print what some epochs of mixes hold, and their size."""
     num_bytes = config.num_bytes(config.num_mixes)
     hours = config.num_mixes * config.excerpt_seconds / 3600
     click.echo(
@@ -185,29 +197,3 @@ def describe_mixes(config: MixesConfig, num_epochs: int) -> None:
         f"size     {show_bytes(num_bytes)} an epoch, {show_bytes(num_bytes / config.num_mixes)} a "
         f"mix, {show_bytes(num_bytes * num_epochs)} in all"
     )
-
-
-@contextlib.contextmanager
-def _progress(tasks: "Sequence[MixesTask]") -> "Iterator[Callable[[MixesTask, Any], None]]":
-    from tqdm import tqdm
-
-    total = sum(len(task.indices) for task in tasks)
-    with tqdm(total=total, unit=" mixes", dynamic_ncols=True, mininterval=0.5) as bar:
-
-        def report(task: "MixesTask", mixes: "MixesReport | None") -> None:
-            bar.update(len(task.indices))
-
-        yield report
-
-
-def _describe_summary(summary: "MixesSummary", out: Path) -> None:
-    speed = summary.num_made / summary.wall_seconds
-    click.echo(
-        f"rendered {summary.num_made + summary.num_kept} mixes in {out} ({summary.num_kept} were "
-        f"there already) in {summary.wall_seconds:.1f} s: {speed:.1f} mixes a second"
-    )
-    describe_time(summary.seconds)
-    for problem in summary.renewed:
-        click.echo(f"renewed  {problem}", err=True)
-    for name, reason in summary.failed:
-        click.echo(f"failed   {name}: {reason}", err=True)

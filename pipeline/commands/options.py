@@ -1,4 +1,4 @@
-"""Options that decide what the shards hold, and the plan that follows from them."""
+"""Options that decide what the shards hold, and the plan that they lead to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from flsep.pipeline.commands.parameter_types import Names, Size
 from flsep.pipeline.config import FeatureConfig
 
 if TYPE_CHECKING:
@@ -14,32 +15,6 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULTS = FeatureConfig()
-_SIZES = {"K": 10, "M": 20, "G": 30, "T": 40}
-
-
-class _Size(click.ParamType):
-    """A number of bytes such as 1G or 500M."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        text = str(value).upper().removesuffix("B").removesuffix("I")
-        factor = 1 << _SIZES[text[-1]] if text and text[-1] in _SIZES else 1
-        try:
-            return int(float(text.rstrip("KMGT")) * factor)
-        except ValueError:
-            self.fail(f"{value!r} is no size; write 500M or 1G", param, ctx)
-
-
-class _Names(click.ParamType):
-    """Names separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def corpus_options(command: Command) -> Command:
@@ -47,7 +22,7 @@ def corpus_options(command: Command) -> Command:
     options = [
         click.option(
             "--sources",
-            type=_Names(),
+            type=Names(),
             metavar="A,B,...",
             help="Names of the sources, as the files are named. [default: drums,bass,other,vocals]",
         ),
@@ -108,17 +83,17 @@ def corpus_options(command: Command) -> Command:
         ),
         click.option(
             "--audio-splits",
-            type=_Names(),
+            type=Names(),
             default=",".join(DEFAULTS.audio_splits),
             show_default=True,
             help="Splits to store the audio of, which flsep-train evaluate needs.",
         ),
         click.option(
             "--shard-size",
-            type=_Size(),
+            type=Size(),
             default="1G",
             show_default=True,
-            help="Gather short tracks of a split into shards of about this size.",
+            help="Collect short tracks of a split in shards of about this size.",
         ),
     ]
     for option in reversed(options):
@@ -127,7 +102,7 @@ def corpus_options(command: Command) -> Command:
 
 
 def make_plan(corpus: Path, options: dict[str, Any]) -> tuple["Corpus", FeatureConfig, "Plan"]:
-    """Find the corpus and plan its shards, as the options say."""
+    """Find the corpus and plan its shards according to `corpus_options`."""
     from flsep.pipeline.corpus.tracks import find_corpus
     from flsep.pipeline.shards.plan import plan_shards
 
@@ -143,7 +118,7 @@ def make_plan(corpus: Path, options: dict[str, Any]) -> tuple["Corpus", FeatureC
         seed=options["seed"],
     )
     found = find_corpus(
-        corpus.absolute(),  # workers elsewhere have other working directories
+        corpus.absolute(),  # workers on other machines have other working directories
         sources=options["sources"],
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,

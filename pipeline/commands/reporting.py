@@ -1,11 +1,11 @@
-"""What the commands say: plans, progress, summaries."""
+"""Print plans, progress and summaries."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -13,12 +13,15 @@ from flsep.pipeline.config import WORKER_BYTES, FeatureConfig
 
 if TYPE_CHECKING:
     from flsep.pipeline.corpus.tracks import Corpus
-    from flsep.pipeline.shards.plan import Plan, ShardTask
-    from flsep.pipeline.shards.run import RunSummary
+    from flsep.pipeline.execution.stage import Summary, TaskReport
+    from flsep.pipeline.shards.plan import Plan
+    from flsep.pipeline.teachers.teacher import TeacherInfo
+
+Task = TypeVar("Task")
 
 
 def describe_plan(corpus: "Corpus", config: FeatureConfig, plan: "Plan") -> None:
-    """Say what would be done; rejected tracks go to stderr."""
+    """Print the plan; rejected tracks go to stderr."""
     hours = sum(task.audio_seconds(config.sample_rate_hz) for task in plan.tasks) / 3600
     splits = [planned.track.split for planned in plan.tracks]
     counts = ", ".join(f"{splits.count(s)} {s}" for s in ("train", "valid", "test") if s in splits)
@@ -30,71 +33,105 @@ def describe_plan(corpus: "Corpus", config: FeatureConfig, plan: "Plan") -> None
         click.echo(f"rejected {name}: {reason}", err=True)
 
 
+def describe_part(part: tuple[int, int] | None, num_tasks: int, noun: str) -> None:
+    """Print which part of an array job this is."""
+    if part:
+        click.echo(f"part     {part[0]} of {part[1]}: {num_tasks} {noun}")
+
+
 @contextmanager
-def progress(
-    tasks: Sequence["ShardTask"], config: FeatureConfig
-) -> Iterator[Callable[["ShardTask", Any], None]]:
-    """Show tracks, hours of audio a minute, and the time left."""
+def show_progress(
+    tasks: Sequence[Task],
+    noun: str,
+    *,
+    count: Callable[[Task], int],
+    audio_seconds: Callable[[Task], float],
+) -> Iterator[Callable[[Task, "TaskReport | None"], None]]:
+    """Show a bar of hours of audio, with items, hours a minute and the time left.
+
+    Parameters
+    ----------
+    tasks : sequence
+        All tasks.
+    noun : str
+        Plural of the items, such as "tracks".
+    count, audio_seconds : callable
+        Return how many items a task has, and their length.
+
+    Yields
+    ------
+    callable
+        To be called with each task that has ended and its report.
+    """
     from tqdm import tqdm
 
     start = time.monotonic()
-    done_seconds = 0.0
-    total = sum(task.audio_seconds(config.sample_rate_hz) for task in tasks)
-    num_all = sum(len(task.tracks) for task in tasks)
+    num_all = sum(map(count, tasks))
+    num_done, seconds_done = 0, 0.0
     with tqdm(
-        total=total / 3600,
+        total=sum(map(audio_seconds, tasks)) / 3600,
         unit="h",
-        desc="tracks",
+        desc=noun,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h "
         "[{elapsed}<{remaining}{postfix}]",
         dynamic_ncols=True,
         mininterval=0.5,
     ) as bar:
-        num_tracks = 0
 
-        def report(task: "ShardTask", shard: Any) -> None:
-            nonlocal done_seconds, num_tracks
-            seconds = task.audio_seconds(config.sample_rate_hz)
-            num_tracks += len(task.tracks)
-            done_seconds += seconds
-            rate = done_seconds / 60 / (time.monotonic() - start)
+        def report(task: Task, result: "TaskReport | None") -> None:
+            nonlocal num_done, seconds_done
+            num_done += count(task)
+            seconds_done += audio_seconds(task)
+            rate = seconds_done / 60 / (time.monotonic() - start)
             bar.set_postfix_str(
-                f"{num_tracks}/{num_all} tracks, {rate:.2g} audio h/min", refresh=False
+                f"{num_done}/{num_all} {noun}, {rate:.2g} audio h/min", refresh=False
             )
-            bar.update(min(seconds / 3600, bar.total - bar.n))
-            for name, reason in shard.rejected if shard else ():
+            bar.update(min(audio_seconds(task) / 3600, bar.total - bar.n))
+            for name, reason in result.rejected if result else ():
                 bar.write(f"rejected {name}: {reason}", file=sys.stderr)
 
         yield report
 
 
-def describe_summary(summary: "RunSummary", shards: Path) -> None:
-    """Say what was done, how fast, and what failed."""
-    num_stored = summary.num_made + summary.num_kept
-    speed = summary.audio_seconds / summary.wall_seconds
+def describe_summary(
+    summary: "Summary", folder: Path, *, verb: str, noun: str, failing: str, speed: str
+) -> None:
+    """Print what was done, how fast, and what failed.
+
+    Parameters
+    ----------
+    summary : Summary
+        Result of the run.
+    folder : Path
+        Output folder.
+    verb, noun, failing : str
+        What happened to which items, and what is listed in `Summary.failed`.
+    speed : str
+        How fast, in a unit that suits the items.
+    """
     click.echo(
-        f"stored   {num_stored} tracks in {shards} ({summary.num_kept} were there already) in "
-        f"{summary.wall_seconds:.1f} s: {speed:.1f} audio seconds a second"
+        f"{verb:8} {summary.num_made + summary.num_kept} {noun} in {folder} ({summary.num_kept} "
+        f"were there already) in {summary.wall_seconds:.1f} s: {speed}"
     )
     describe_time(summary.seconds)
     for problem in summary.renewed:
         click.echo(f"renewed  {problem}", err=True)
     if summary.failed:
-        click.echo(f"failed   {len(summary.failed)} tracks:", err=True)
+        click.echo(f"failed   {len(summary.failed)} {failing}:", err=True)
         for name, reason in summary.failed:
             click.echo(f"  {name}: {reason}", err=True)
 
 
 def describe_time(seconds: dict[str, float]) -> None:
-    """Say what share of the workers' time each part took; loading the teacher does not count."""
-    parts = {part: spent for part, spent in sorted(seconds.items()) if part != "load"}
-    if total := sum(parts.values()):
-        shares = (f"{part} {100 * spent / total:.0f} %" for part, spent in parts.items())
+    """Print the share of each phase in the workers' time, without loading the teacher."""
+    phases = {phase: spent for phase, spent in sorted(seconds.items()) if phase != "load"}
+    if total := sum(phases.values()):
+        shares = (f"{phase} {100 * spent / total:.0f} %" for phase, spent in phases.items())
         click.echo(f"time     {', '.join(shares)}")
 
 
-def describe_teacher(info: Any, out: Path) -> None:
-    """Say what an exported teacher is and how to use it."""
+def describe_teacher(info: "TeacherInfo", out: Path) -> None:
+    """Print what an exported teacher is and how to use it."""
     window, hop = (n / info.sample_rate_hz for n in (info.window_samples, info.hop_samples))
     click.echo(
         f"{out}: {info.dim} dimensions, a window of {window:g} s every {hop:g} s, "
@@ -103,7 +140,7 @@ def describe_teacher(info: Any, out: Path) -> None:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Write a number of bytes with its unit."""
+    """Format a number of bytes with its unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.3g} {unit}"
@@ -112,5 +149,5 @@ def show_bytes(num_bytes: float) -> str:
 
 
 def show_hours(hours: float) -> str:
-    """Write hours, or minutes where they are few."""
+    """Format hours, or minutes below one hour."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

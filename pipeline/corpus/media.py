@@ -1,7 +1,4 @@
-"""Decode and probe audio: libsndfile for plain sound files, FFmpeg's libraries for containers.
-
-Both run in process, and give a block of samples at a time.
-"""
+"""Decode and probe audio, in process: libsndfile for sound files, FFmpeg for containers."""
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +13,16 @@ import soxr
 from av.stream import Discard
 from numpy.typing import NDArray
 
-from flsep.pipeline.corpus.headers import read_header
 from flsep.pipeline.errors import MediaError
 
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".aif", ".aiff"})
-"""Files that libsndfile reads; FFmpeg reads all others (libsndfile fills a cut mp3 with zeros)."""
+"""Files that libsndfile reads. FFmpeg reads all others: libsndfile pads a cut mp3 with zeros."""
 
 CODEC_FRAME_SAMPLES = 2048
-"""The longest frame of AAC or MP3: containers declare their length to within one of these."""
+"""The longest frame of AAC or MP3: containers declare their length with this precision."""
 
 _BLOCK_SAMPLES = 1 << 16
-_UNKNOWN_CHUNK_BYTES = 0x7FFFF000  # what programs that write to a pipe put in place of a size
+_UNKNOWN_CHUNK_BYTES = 0x7FFFF000  # a size from here on means unknown: written to a pipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +34,14 @@ class AudioStream:
     path
         The file.
     stream
-        Index among the audio streams of a container; None means the first.
+        Index among the audio streams of a container; None for the first.
     """
 
     path: Path
     stream: int | None = None
 
     def __str__(self) -> str:
-        """Name the file, and the stream if there is a choice."""
+        """Return the path, and the stream if one was chosen."""
         return str(self.path) if self.stream is None else f"{self.path}, stream {self.stream}"
 
 
@@ -53,16 +49,8 @@ class AudioStream:
 class MediaInfo:
     """What a file's header says about one of its audio streams.
 
-    Attributes
-    ----------
-    sample_rate_hz
-        Samples a second.
-    num_channels
-        Channels.
-    num_samples
-        Samples a channel: exact to within `tolerance_samples` of the file.
-    num_streams
-        Audio streams in the file.
+    ``num_samples`` is the length of a channel, to within `tolerance_samples`; ``num_streams``
+    counts the audio streams of the file.
     """
 
     sample_rate_hz: int
@@ -76,12 +64,12 @@ _Opened = tuple[tuple[MediaInfo, ...], Callable[[int], _Blocks]]
 
 
 def tolerance_samples(source: AudioStream) -> int:
-    """Return by how many samples the decoded length may differ from the declared one."""
+    """Return how many samples the decoded length may differ from the declared length."""
     return 0 if _is_sound(source.path) else CODEC_FRAME_SAMPLES
 
 
 def probe(source: AudioStream) -> MediaInfo:
-    """Read what the header says about one stream.
+    """Read the header of one stream.
 
     Raises
     ------
@@ -99,37 +87,37 @@ def probe_all(sources: Sequence[AudioStream]) -> list[MediaInfo]:
     MediaError
         As `probe` does, for the first bad stream.
     """
-    infos = {path: _probe(path) for path in dict.fromkeys(source.path for source in sources)}
+    infos = {path: _read_headers(path) for path in dict.fromkeys(source.path for source in sources)}
     return [_pick(source, infos[source.path]) for source in sources]
 
 
 def decode(
     source: AudioStream, *, sample_rate_hz: int = 44100, num_channels: int = 2
 ) -> Iterator[NDArray[np.float32]]:
-    """Decode one stream, resampling it (soxr, HQ) and duplicating mono where needed.
+    """Decode one stream; resample it (soxr, HQ) and copy mono to all channels where needed.
 
-    Containers are trimmed as the `ffmpeg` program does: the encoder's priming is dropped, the
-    padding of the last codec frame is kept.
+    Containers are trimmed as by the program `ffmpeg`: the encoder's priming is dropped, the padding
+    of the last codec frame is kept.
 
     Parameters
     ----------
     source
-        What to decode.
+        Stream to decode.
     sample_rate_hz
-        Rate of the result.
+        Sample rate of the result.
     num_channels
         Channels of the result; the stream has as many, or one.
 
     Yields
     ------
     block
-        float32 [channel, sample], full scale 1: the next samples, about a second and a half.
+        float32 [channel, sample], full scale 1, about 1.5 s.
 
     Raises
     ------
     MediaError
-        If the file is missing, undecodable, empty or cut short (its samples fall short of what it
-        declares), has too few audio streams or another number of channels, or holds NaN or Inf.
+        If the file is missing, undecodable, empty or shorter than declared, has too few audio
+        streams or another number of channels, or holds NaN or infinity.
     """
     with _open(source.path) as (infos, read):
         info = _pick(source, infos)
@@ -149,11 +137,7 @@ def _is_sound(path: Path) -> bool:
     return path.suffix.lower() in SOUND_SUFFIXES
 
 
-def _probe(path: Path) -> tuple[MediaInfo, ...]:
-    with _readable(path):
-        headers = read_header(path)
-        if headers:
-            return tuple(MediaInfo(*header, len(headers)) for header in headers)
+def _read_headers(path: Path) -> tuple[MediaInfo, ...]:
     with _open(path) as (infos, _):
         return infos
 
@@ -180,7 +164,7 @@ def _open(path: Path) -> Iterator[_Opened]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Refuse what is no file with something in it, and speak of all errors in one voice."""
+    """Refuse missing and empty files, and turn the errors of both libraries into MediaError."""
     try:
         if not path.is_file():
             raise MediaError(f"{path}: no such file")
@@ -199,10 +183,11 @@ def _open_sound(path: Path) -> Iterator[_Opened]:
     with path.open("rb") as file:
         header = file.read(8)
     order = {b"RIFF": "<I", b"FORM": ">I"}.get(header[:4])
-    if order and len(header) == 8:  # libsndfile reads a cut wav or aiff as a shorter one
+    if order and len(header) == 8:
+        # libsndfile takes a cut wav or aiff for a shorter one: compare the size with the header.
         (chunk_bytes,) = struct.unpack(order, header[4:])
         found_bytes = path.stat().st_size - 8
-        if found_bytes + 1 < chunk_bytes < _UNKNOWN_CHUNK_BYTES:  # the last pad byte is often left
+        if found_bytes + 1 < chunk_bytes < _UNKNOWN_CHUNK_BYTES:  # a last pad byte may be missing
             raise MediaError(
                 f"{path}: holds {found_bytes} of the {chunk_bytes} bytes that its header declares; "
                 "cut short, replace it"
@@ -219,6 +204,7 @@ def _open_container(path: Path) -> Iterator[_Opened]:
 
         def inspect(stream: av.AudioStream) -> MediaInfo:
             if len(stream.index_entries):
+                # The index lies apart from the audio: in a cut file it points beyond the end.
                 last = stream.index_entries[-1]
                 if last.pos + last.size > container.size:
                     raise MediaError(
@@ -238,7 +224,8 @@ def _open_container(path: Path) -> Iterator[_Opened]:
             shape = (streams[index].rate, streams[index].channels)
             for stream in container.streams:
                 if stream.index != streams[index].index:
-                    stream.discard = Discard.all  # its packets are not even read
+                    stream.discard = Discard.all  # do not even read its packets
+            # Codec frames are short; collect them into blocks before converting to float.
             fifo, to_float = av.AudioFifo(), av.AudioResampler(format="fltp")
 
             def flush() -> _Blocks:
@@ -250,7 +237,7 @@ def _open_container(path: Path) -> Iterator[_Opened]:
                     raise MediaError(
                         f"{path}: changes its rate or channels midway; convert it to wav"
                     )
-                frame.pts = None
+                frame.pts = None  # the queue would reject gaps in time
                 fifo.write(frame)
                 while fifo.samples >= _BLOCK_SAMPLES:
                     yield from flush()
@@ -261,7 +248,7 @@ def _open_container(path: Path) -> Iterator[_Opened]:
 
 
 def _complete(blocks: _Blocks, source: AudioStream, num_declared: int) -> _Blocks:
-    """Pass the blocks on, and raise unless they are finite and as many samples as declared."""
+    """Yield the blocks; raise MediaError unless they are finite and as long as declared."""
     num_samples = 0
     slack = tolerance_samples(source)
     for block in blocks:

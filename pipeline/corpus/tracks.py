@@ -1,4 +1,4 @@
-"""Recognise a corpus by looking at its folder, and describe its tracks."""
+"""Recognise the kind of a corpus from its folder, and list its tracks."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,11 +43,11 @@ class Track:
     Attributes
     ----------
     name
-        Unique in the corpus, printable; data only, never a path.
+        Unique in the corpus and printable; never used as a path.
     split
         'train', 'valid' or 'test'.
     mixture
-        None where the corpus has none: the sum of the sources is the mixture.
+        None if the corpus has none: the mixture is then the sum of the sources.
     sources
         In the order of `Corpus.sources`.
     """
@@ -65,10 +65,10 @@ class TrackInfo:
     Attributes
     ----------
     num_samples
-        Of its shortest signal; once decoded, each signal of a container may differ from this by a
-        codec frame, so cut them to the shortest.
+        Length of the shortest signal. The decoded signals of a container may differ from this by a
+        codec frame.
     sample_rate_hz
-        Of all its signals.
+        Sample rate of all signals.
     duration_seconds
         The quotient of the two.
     """
@@ -87,15 +87,15 @@ class Corpus:
     root
         The folder.
     kind
-        'musdb18', 'musdb18-hq', or 'folder' for any other, mixed ones too.
+        'musdb18', 'musdb18-hq', or 'folder' for any other layout or a mixed one.
     sources
-        Names of the sources.
+        Names of the sources, in order.
     tracks
         Sorted by split (train, valid, test), then by name.
     rejected
         Name and reason of each track that cannot be used, sorted.
     infos
-        What the headers say about each track in `tracks`, by its name.
+        What the headers say about each track in `tracks`, by name.
     """
 
     root: Path
@@ -108,7 +108,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A stem file (without `files`) or a folder of sound files by their stem's name."""
+    """A stem file (`files` is None) or a folder of sound files, by the name of their stem."""
 
     name: str
     split: str
@@ -125,14 +125,14 @@ def find_corpus(
     seed: int = 0,
     num_channels: int = 2,
 ) -> Corpus:
-    """Recognise a corpus and list its tracks, after a look at each file's header.
+    """Recognise a corpus and list its tracks after reading the header of each file.
 
-    A track is a `*.stem.mp4` as in MUSDB18, or a folder with a sound file a source and optionally
-    one named `mixture`, as in MUSDB18-HQ. Tracks lie in `train/`, `valid/` and `test/`, or all
-    directly in `root`, where they are for training. Validation tracks are those in `valid/`;
-    failing that, and unless `valid_fraction` is given, those of MUSDB's 14 that are present;
-    failing that, a fraction of the training tracks. Held-out tracks are drawn by the hash of seed
-    and name, so that a track keeps its split when others are added.
+    A track is a `*.stem.mp4` as in MUSDB18, or a folder with one sound file a source and optionally
+    one named `mixture`, as in MUSDB18-HQ. Tracks lie in `train/`, `valid/` and `test/`, or directly
+    in `root`, and then all are for training. The validation tracks are, in this order of
+    preference: those in `valid/`; those of MUSDB's 14 validation tracks that are present, unless
+    `valid_fraction` is given; a fraction of the training tracks. Held-out tracks are drawn by the
+    hash of seed and name, so that a track keeps its split when others are added.
 
     Parameters
     ----------
@@ -141,22 +141,22 @@ def find_corpus(
     sources
         Names of the sources, in order. Default: MUSDB's four.
     valid_fraction
-        Chance of a training track to be held out for validation; at least one is, if positive.
-        Default: 0.1 where there is neither a `valid/` nor one of MUSDB's 14, and a track would be
-        left to train on.
+        Probability that a training track is held out for validation; if positive, at least one is.
+        Default: 0.1 if there is neither a folder `valid/` nor one of MUSDB's 14 tracks, and a track
+        is left to train on.
     test_fraction
         The same for testing, for a corpus without `test/`.
     seed
-        Draws other tracks.
+        Seed of the draw.
     num_channels
-        Channels that each file has, unless it has one.
+        Number of channels that each file must have, unless it is mono.
 
     Raises
     ------
-    ValueError
-        If the folder is missing, empty or no corpus, two tracks share a name, no track has a
-        source that is asked for, or a fraction is out of range or cannot take effect. A track that
-        fails alone does not raise: it is in `Corpus.rejected`.
+    CorpusError
+        If the folder is missing, empty or no corpus, two tracks share a name, no track has one of
+        the `sources`, or a fraction is out of range or cannot take effect. Tracks that cannot be
+        used do not raise: they are in `Corpus.rejected`.
     """
     fractions = (valid_fraction or 0.0, test_fraction)
     if min(fractions) < 0 or not sum(fractions) < 1:
@@ -174,7 +174,8 @@ def find_corpus(
         except MediaError as error:
             return error
 
-    with ThreadPoolExecutor() as pool:  # they wait for files, mostly
+    # Threads help: both libraries release the interpreter while they open a file.
+    with ThreadPoolExecutor() as pool:
         made = list(zip(entries, pool.map(make, entries), strict=True))
     rejected += [(entry.name, str(bad)) for entry, bad in made if isinstance(bad, MediaError)]
     checked = [good for _, good in made if not isinstance(good, MediaError)]
@@ -189,8 +190,8 @@ def find_corpus(
 def check_track(track: Track, *, num_channels: int = 2) -> TrackInfo:
     """Read the headers of a track's files and compare them.
 
-    Lengths may differ by a codec frame (2048 samples) if one of the files is compressed in a
-    container (mp4, m4a, mp3), whose headers are no more exact than that, else by nothing.
+    All lengths must be equal; if one of the files is a container (mp4, m4a, mp3), they may differ
+    by a codec frame, 2048 samples, since the headers of containers are not more precise.
 
     Raises
     ------
@@ -237,7 +238,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
-    """List what may be tracks, and reject what looks like one but is not."""
+    """List candidates for tracks; reject files and folders that look like one but are none."""
     if not root.is_dir():
         raise CorpusError(f"{root}: no such folder; expected a corpus")
     if not _visible(root):
@@ -252,7 +253,7 @@ def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
     for split, folder in (folders or {"train": root}).items():
         for path in _visible(folder):
             sounds = _list_sounds(path)
-            if not path.name.isprintable():  # control characters, or bytes that are no UTF-8
+            if not path.name.isprintable():  # control characters, or bytes other than UTF-8
                 rejected.append((ascii(path.name), "its name is not printable; rename it"))
             elif path.name.endswith(STEM_SUFFIX):
                 entries.append(_Entry(path.name.removesuffix(STEM_SUFFIX), split, path, None))
@@ -276,7 +277,7 @@ def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
 
 
 def _list_sounds(folder: Path) -> dict[str, list[Path]]:
-    """List a folder's sound files by their stem's name."""
+    """List a folder's sound files by the name of their stem."""
     sounds: dict[str, list[Path]] = {}
     for path in _visible(folder) if folder.is_dir() else ():
         if path.suffix.lower() in AUDIO_SUFFIXES:
@@ -285,7 +286,7 @@ def _list_sounds(folder: Path) -> dict[str, list[Path]]:
 
 
 def _holds(path: Path) -> bool:
-    """Tell whether a path is a track or holds one."""
+    """Tell whether a path is a track or contains one."""
     inside = _visible(path) if path.is_dir() else ()
     return any(p.name.endswith(STEM_SUFFIX) or _list_sounds(p) for p in (path, *inside))
 
@@ -293,7 +294,7 @@ def _holds(path: Path) -> bool:
 def _choose_sources(
     root: Path, entries: Iterable[_Entry], asked: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Return the names asked for, or MUSDB's if there is a track that has them all."""
+    """Return the requested names, or MUSDB's if some track has all of them."""
     each = [MUSDB_SOURCES if entry.files is None else entry.files for entry in entries]
     found = sorted({name for names in each for name in names} - {"mixture"})
     listing = f"found {', '.join(found) or 'none'}"
@@ -374,7 +375,7 @@ def _hold_out(
     def num_below(fraction: float) -> int:
         return sum(draw < fraction for draw, _ in draws)
 
-    # At least one track for each split that is asked for, and one that is left to train on.
+    # Each requested split gets at least one track, and one track is left to train on.
     num_test = num_held = 0
     if test_fraction:
         num_test = num_held = min(max(num_below(test_fraction), 1), len(free) - num_least)
@@ -387,6 +388,6 @@ def _hold_out(
 
 
 def _draw(name: str, seed: int) -> float:
-    """Draw a number from 0 to below 1 that depends on the name and the seed only."""
+    """Draw a number in [0, 1) that depends on the name and the seed only."""
     digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64

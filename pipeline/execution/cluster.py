@@ -1,4 +1,4 @@
-"""Start Dask workers here or through a batch system, or join a scheduler that is running."""
+"""Start Dask workers on this machine or through a batch system, or join a running scheduler."""
 
 import difflib
 import importlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flsep.pipeline.errors import SettingsError
+from flsep.pipeline.errors import SettingsError, WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 BATCH_SYSTEMS = {"slurm": "SLURM", "pbs": "PBS", "lsf": "LSF", "sge": "SGE"}
 _LOOPBACK = {"lo", "lo0", "127.0.0.1"}
 
-# What our tasks need other than Dask's defaults; what a user has configured comes first.
+# Where our tasks need other values than Dask's defaults. What a user has configured wins.
 _DASK_SETTINGS: dict[str, Any] = {
-    # One task at a time and none waiting at a worker: a death then counts against one task only.
+    # A worker has one task and none in its queue: if it dies, only that task counts as a failure.
     "distributed.scheduler.worker-saturation": 1.0,
-    # Tasks take minutes; otherwise few workers would be asked for at the start.
+    # Tasks take minutes. With Dask's default of 0.5 s, `adapt` would ask for few workers at first.
     "distributed.scheduler.unknown-task-duration": "60s",
     "distributed.comm.timeouts.connect": "60s",
     "distributed.admin.log-format": "%(message)s",
@@ -38,25 +38,25 @@ _BATCH_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSettings:
-    """What cluster to start.
+    """Which cluster to start.
 
     Attributes
     ----------
     kind : str
         ``local``, or one of `BATCH_SYSTEMS`.
-    least, most : int
-        Workers to keep at least and at most.
+    min_workers, max_workers : int
+        Bounds on the number of workers.
     options : dict
         Arguments of Dask's ``LocalCluster``, or of the class in dask-jobqueue.
     worker_bytes : int
         Memory that a worker needs.
     folder : Path
-        One that all workers see, for the certificates of this run.
+        Folder that all workers see, for the certificates of this run.
     """
 
     kind: str
-    least: int
-    most: int
+    min_workers: int
+    max_workers: int
     options: Mapping[str, Any] = field(default_factory=dict)
     worker_bytes: int
     folder: Path
@@ -72,46 +72,56 @@ class ClusterSettings:
                 )
 
 
+def count_cores() -> int:
+    """Count the cores that this process may use; CPU affinity and cgroup limits are respected."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
+
+
 @contextmanager
 def start_cluster(settings: ClusterSettings) -> Iterator["Client"]:
     """Start a cluster and connect to it; leaving the context ends it.
 
-    A local cluster can be reached from this machine alone. The scheduler and the workers of a
-    batch system talk through TLS, with a certificate made for this run, unless their interface is
-    the loopback or certificates are configured in Dask. Dashboards are on the loopback always.
+    A local cluster can be reached from this machine only. The scheduler and the workers of a batch
+    system use TLS with a certificate made for this run, unless their interface is the loopback or
+    Dask's configuration has certificates. Dashboards always listen on the loopback.
 
     Raises
     ------
-    ValueError
-        If an option is wrong, or the batch system cannot be reached from here.
+    SettingsError
+        If an option is wrong.
+    WorkerError
+        If the batch system cannot be used from here.
     """
     from distributed import Client
 
     with _configured(settings.kind):
-        # Ctrl-C reaches the workers too: they inherit that it is ignored, and the client ends them.
+        # A terminal sends Ctrl-C to the workers too. They inherit that it is ignored, and end when
+        # the client does.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             cluster = _start_local(settings) if settings.kind == "local" else _start_jobs(settings)
         finally:
             signal.signal(signal.SIGINT, handler)
         with cluster, Client(cluster) as client:
-            if settings.kind != "local" or settings.least < settings.most:
+            if settings.kind != "local" or settings.min_workers < settings.max_workers:
                 # `scale` would not replace a job that is lost, `adapt` does.
-                cluster.adapt(minimum=settings.least, maximum=settings.most)
+                cluster.adapt(minimum=settings.min_workers, maximum=settings.max_workers)
             yield client
 
 
 @contextmanager
 def remote_client(address: str) -> Iterator["Client"]:
-    """Connect to a scheduler that is running; raises ValueError if there is none."""
+    """Connect to a running scheduler; raises WorkerError if there is none."""
     from distributed import Client
 
-    # What is to be said of a lost scheduler is said in one line, by `run_on`.
+    # `run_on` reports a lost scheduler in one line; Dask's own messages would be noise.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout=10)
     except (OSError, TimeoutError, ValueError) as error:
-        raise SettingsError(
+        raise WorkerError(
             f"--scheduler {address}: no Dask scheduler answers ({error}); start one with "
             "`dask scheduler`, and workers with `dask worker`"
         ) from error
@@ -120,7 +130,7 @@ def remote_client(address: str) -> Iterator["Client"]:
 
 
 def job_script(settings: ClusterSettings) -> str:
-    """Return the script that each job of a batch system would run; starts nothing."""
+    """Return the script that each job of a batch system would run, without starting any."""
     from distributed import Security
 
     with _configured(settings.kind):
@@ -153,7 +163,7 @@ def _start_local(settings: ClusterSettings) -> Any:
     from distributed.system import MEMORY_LIMIT
 
     options = {
-        "memory_limit": MEMORY_LIMIT // settings.most,
+        "memory_limit": MEMORY_LIMIT // settings.max_workers,
         "host": "127.0.0.1",
         "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
@@ -163,7 +173,7 @@ def _start_local(settings: ClusterSettings) -> Any:
     if limit:
         _require_memory("memory_limit", limit, settings)
     return LocalCluster(
-        n_workers=settings.least,
+        n_workers=settings.min_workers,
         threads_per_worker=1,
         worker_dashboard_address="127.0.0.1:0",
         **options,
@@ -178,7 +188,7 @@ def _start_jobs(settings: ClusterSettings) -> Any:
     cluster_class = _cluster_class(settings.kind)
     command = cluster_class.job_cls.submit_command.split()[0]
     if shutil.which(command) is None:
-        raise SettingsError(
+        raise WorkerError(
             f"--cluster {settings.kind}: there is no program {command} here; run this on a machine "
             "that submits jobs"
         )
@@ -198,24 +208,24 @@ def _start_jobs(settings: ClusterSettings) -> Any:
         **options,
     )
 
-    async def submit() -> None:  # `scale` would keep to itself what goes wrong
-        for _ in range(max(settings.least, 1)):
+    async def submit() -> None:  # `scale` would hide errors
+        for _ in range(max(settings.min_workers, 1)):
             cluster.worker_spec.update(cluster.new_worker_spec())
         try:
             await cluster
         except RuntimeError:
             for job in cluster.workers.values():
                 if job.job_id is None:
-                    job.status = Status.closed  # there is nothing to close
+                    job.status = Status.closed  # never submitted: nothing to close
             raise
 
     try:
         cluster.sync(submit)
     except RuntimeError as error:
-        cluster.worker_spec.clear()  # or closing would ask for the jobs again
+        cluster.worker_spec.clear()  # else `close` would submit the jobs again
         cluster.close()
         reason = next((line for line in str(error).splitlines() if "error:" in line), str(error))
-        raise SettingsError(f"--cluster {settings.kind}: a job was refused: {reason}") from error
+        raise WorkerError(f"--cluster {settings.kind}: a job was refused: {reason}") from error
     return cluster
 
 
@@ -229,7 +239,7 @@ def _temporary_security() -> Any:
 
 
 def _job_options(settings: ClusterSettings) -> dict[str, Any]:
-    """Fill in what neither the command line nor Dask's configuration has."""
+    """Complete the options that neither the command line nor Dask's configuration sets."""
     kind, options = settings.kind, dict(settings.options)
 
     def value(name: str, default: Any) -> Any:
@@ -243,13 +253,13 @@ def _job_options(settings: ClusterSettings) -> dict[str, Any]:
     processes = value("processes", 1)
     memory = _parse_bytes(value("memory", settings.worker_bytes * processes))
     _require_memory("memory", memory // processes, settings)
-    # A task counts on a process of its own, and nobody outside should see the worker's pages.
+    # A task needs a process of its own; the worker's web pages are not for others to see.
     options["worker_extra_args"] = [
         *(value("worker_extra_args", [])),
         *("--nthreads", "1", "--dashboard-address", "127.0.0.1:0"),
     ]
     if kind == "slurm":
-        # A worker that SLURM starts again under its old name never comes back.
+        # Dask ignores a worker that SLURM requeues, since it comes back under its old name.
         options["job_extra_directives"] = [*value("job_extra_directives", []), "--no-requeue"]
     return options
 
@@ -302,7 +312,7 @@ def _base_cluster_class() -> Any:
 
 @contextmanager
 def _configured(kind: str) -> Iterator[None]:
-    """Set what our tasks need in Dask's configuration, but for what the user has set there."""
+    """Set what our tasks need in Dask's configuration, where the user has set nothing."""
     import dask
 
     if kind != "local":

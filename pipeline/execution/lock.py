@@ -1,4 +1,4 @@
-"""An output folder: one run at a time, one configuration for good."""
+"""One run at a time writes into an output folder, and always with the same configuration."""
 
 import fcntl
 import json
@@ -8,24 +8,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flsep.cache import MismatchError, write_json
+from flsep.cache import MismatchError, remove_leftovers, write_json
 from flsep.cache.format import fingerprint
 
 CONFIG_NAME = "config.json"
 
 
 @contextmanager
-def locked(folder: Path, *, shared: bool) -> Iterator[None]:
-    """Let one run, or any number of parts, write into a folder; the lock ends with the process.
+def open_output(folder: Path, config: dict[str, Any], *, shared: bool) -> Iterator[None]:
+    """Create, lock and claim an output folder for the time of a run.
 
-    It counts on `flock` reaching all machines that see the folder, as it does on a local disk, on
-    NFS, on GPFS, and on Lustre that is mounted with ``flock``. Where it does not, two runs do each
-    other's work and cannot spoil it: they write under names of their own, then rename.
+    A run that has the folder to itself also removes what killed writers left behind.
 
     Raises
     ------
     MismatchError
-        If somebody else writes into it, or the file system has no locks.
+        If another run is writing into the folder, or it belongs to another configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, shared=shared):
+        claim(folder, config)
+        if not shared:
+            remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Let one run, or any number of parts, write into a folder; the lock ends with the process.
+
+    The lock relies on `flock` reaching all machines that see the folder. It does so on local
+    disks, NFS, GPFS, and Lustre mounted with ``flock``. Elsewhere two runs may do the same work
+    twice, but no file is damaged: each run writes under temporary names and renames.
+
+    Raises
+    ------
+    MismatchError
+        If another run holds the lock, or the file system has no locks.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -33,7 +52,8 @@ def locked(folder: Path, *, shared: bool) -> Iterator[None]:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise MismatchError(
-                f"{folder}: another run is writing into it; wait for it, or use another folder"
+                f"{folder}: another run is writing into it; wait for that run, or use another "
+                "folder"
             ) from error
         except OSError as error:
             raise MismatchError(
@@ -48,17 +68,10 @@ def locked(folder: Path, *, shared: bool) -> Iterator[None]:
 def claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration into a new folder; refuse a folder of another configuration.
 
-    Parameters
-    ----------
-    folder : Path
-        It exists.
-    config : dict
-        JSON values that decide what the files of the folder hold.
-
     Raises
     ------
     MismatchError
-        If the folder holds files of another configuration, or of who knows which.
+        If the folder holds files of another or an unknown configuration.
     """
     path = folder / CONFIG_NAME
     if not path.exists():

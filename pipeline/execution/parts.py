@@ -1,4 +1,4 @@
-"""Share tasks among the jobs of an array."""
+"""Distribute tasks over the jobs of an array job, which run without a scheduler between them."""
 
 import heapq
 from collections.abc import Sequence
@@ -15,32 +15,33 @@ class _Sized(Protocol):
 Task = TypeVar("Task", bound=_Sized)
 
 
-def share_tasks(tasks: Sequence[Task], number: int, num_parts: int) -> tuple[Task, ...]:
-    """Return the tasks of one of several parts of equal size, the same ones for the same plan.
+def tasks_of_part(tasks: Sequence[Task], part: int, num_parts: int) -> tuple[Task, ...]:
+    """Return the tasks of one part; all parts have about the same number of bytes.
 
-    Each task, largest first, goes to the part that has least so far.
+    The result depends on the plan alone, so that the jobs need not talk to each other.
 
     Parameters
     ----------
     tasks : sequence
-        All tasks of a plan, largest first; they have an attribute `num_bytes`.
-    number : int
-        Of the part, from 1.
+        All tasks of a plan, largest first.
+    part : int
+        Number of the part, from 1.
     num_parts : int
-        How many there are.
+        Number of parts.
 
     Raises
     ------
-    ValueError
+    SettingsError
         If there is no such part.
     """
-    if not 1 <= number <= num_parts:
-        raise SettingsError(f"--part {number}/{num_parts}: expected a part from 1 to {num_parts}")
-    loads = [(0, part) for part in range(1, num_parts + 1)]  # a heap
-    share = []
+    if not 1 <= part <= num_parts:
+        raise SettingsError(f"--part {part}/{num_parts}: expected a part from 1 to {num_parts}")
+    # Greedy: each task goes to the part with the fewest bytes so far, the top of the heap.
+    loads = [(0, number) for number in range(1, num_parts + 1)]
+    chosen = []
     for task in tasks:
-        load, part = loads[0]
-        heapq.heapreplace(loads, (load + task.num_bytes, part))
-        if part == number:
-            share.append(task)
-    return tuple(share)
+        load, number = loads[0]
+        heapq.heapreplace(loads, (load + task.num_bytes, number))
+        if number == part:
+            chosen.append(task)
+    return tuple(chosen)

@@ -1,9 +1,11 @@
-"""Run tasks inline or on the workers of a Dask client."""
+"""Run tasks in this process or on the workers of a Dask client."""
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from flsep.pipeline.errors import WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -15,11 +17,15 @@ _PATIENCE_SECONDS = 60.0
 
 
 class Outcome(NamedTuple):
-    """One task with its result, or with what went wrong."""
+    """A task with its result, or with the exception that it raised."""
 
     task: Any
     result: Any
     error: BaseException | None
+
+
+Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Outcome]]
+"""Calls a function with each task and yields the outcomes, in any order."""
 
 
 def run_inline(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Outcome]:
@@ -40,23 +46,23 @@ def run_on(
     *,
     idle: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Run tasks on a Dask cluster in their order, yielding outcomes as they come.
+    """Start tasks on a Dask cluster in their order, and yield outcomes as tasks finish.
 
-    A task whose worker dies is tried again on another one, until Dask's ``allowed-failures`` is
-    reached; leaving the iterator early cancels what is left. `idle` is called once for each minute
-    in which no task ended.
+    A task whose worker dies runs again on another worker, until Dask's ``allowed-failures`` is
+    reached. Leaving the iterator early cancels the remaining tasks. `idle` is called once for each
+    minute in which no task finishes.
 
     Raises
     ------
     ConnectionError
-        If the scheduler is gone.
+        If the connection to the scheduler is lost.
     """
     from distributed.comm.core import CommClosedError
 
-    gone = ConnectionError(
-        "the Dask scheduler is gone; run the same command again, finished shards are kept"
+    lost = ConnectionError(
+        "the Dask scheduler is gone; run the same command again, finished files are kept"
     )
-    # The key makes no task depend on Dask's hash of its arguments, and none share a result.
+    # Random keys: no task depends on Dask's hash of its arguments, and no two share a result.
     futures = [
         client.submit(
             function,
@@ -74,12 +80,12 @@ def run_on(
             if future.status == "finished":
                 yield Outcome(task, future.result(), None)
             elif future.status == "error":
-                yield Outcome(task, None, _explain(future.exception()))
+                yield Outcome(task, None, _error_of(future))
             else:
-                raise gone
+                raise lost
             future.release()
-    except CommClosedError as error:  # it went while a result was on its way
-        raise gone from error
+    except CommClosedError as error:  # the scheduler died while a result was on its way
+        raise lost from error
     finally:
         client.cancel(futures, force=True)
 
@@ -100,9 +106,11 @@ def _as_completed(futures: "list[Future]", idle: Callable[[], None]) -> "Iterato
         last = time.monotonic()
 
 
-def _explain(error: BaseException) -> BaseException:
+def _error_of(future: "Future") -> BaseException:
+    """Return what a task raised, with the worker's traceback."""
     from distributed.scheduler import KilledWorker
 
+    error: BaseException = future.exception()
     if isinstance(error, KilledWorker):
-        return RuntimeError("its worker died each time it was tried (out of memory?)")
-    return error
+        return WorkerError("its worker died each time it was tried (out of memory?)")
+    return error.with_traceback(future.traceback())

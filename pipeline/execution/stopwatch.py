@@ -1,4 +1,4 @@
-"""Where the time goes."""
+"""Measure how much time each phase of the work takes."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -9,22 +9,22 @@ Item = TypeVar("Item")
 
 
 class Stopwatch(dict[str, float]):
-    """Seconds spent on each part of some work."""
+    """Seconds by phase, such as ``decode`` or ``teacher``."""
 
     @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Add the time of a block to one part."""
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self[part] = self.get(part, 0.0) + time.perf_counter() - start
+            self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
 
-    def measure_each(self, part: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Pass items on, and add the time that it takes to make them to one part."""
+    def measure_each(self, phase: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and add the time that it takes to produce them to a phase."""
         iterator = iter(items)
         while True:
-            with self.measure(part):
+            with self.measure(phase):
                 try:
                     item = next(iterator)
                 except StopIteration:
@@ -32,6 +32,6 @@ class Stopwatch(dict[str, float]):
             yield item
 
     def add(self, other: dict[str, float]) -> None:
-        """Add what others have spent."""
-        for part, seconds in other.items():
-            self[part] = self.get(part, 0.0) + seconds
+        """Add the times of another stopwatch."""
+        for phase, seconds in other.items():
+            self[phase] = self.get(phase, 0.0) + seconds

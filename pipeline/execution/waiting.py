@@ -1,4 +1,4 @@
-"""Say what a run without workers waits for, and notice when none will come."""
+"""Report what a run without workers waits for, and end it when no worker will come."""
 
 import subprocess
 import sys
@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 _LISTINGS = {"slurm": "squeue", "pbs": "qstat", "lsf": "bjobs", "sge": "qstat"}
-_ENDED_STATES = "BF,CA,CD,DL,F,NF,OOM,PR,TO"  # all in which a job of SLURM stays
+_ENDED_STATES = "BF,CA,CD,DL,F,NF,OOM,PR,TO"  # all final states of a SLURM job
 
 
 class WorkerWatch:
-    """Called now and then while no task ends.
+    """Checks for workers; to be called from time to time while no task finishes.
 
     Parameters
     ----------
     client : Client
-        Of the scheduler that the workers connect to.
+        Client of the scheduler that the workers connect to.
     kind : str, optional
-        What `start_cluster` started; None if the scheduler was there.
+        Kind of the cluster that `start_cluster` started; None for a scheduler that was running.
     """
 
     def __init__(self, client: Any, kind: str | None) -> None:
@@ -26,20 +26,20 @@ class WorkerWatch:
         self._ended: set[str] = set()
 
     def __call__(self) -> None:
-        """Say that no worker is connected, if so.
+        """Print a line if no worker is connected.
 
         Raises
         ------
         ConnectionError
-            If all jobs had ended when it was called before, and were not replaced since. Only
-            SLURM is asked; a job that waits in its queue is none that ended.
+            If all jobs had ended at the previous call already and have not been replaced. Only
+            SLURM is asked; a job that waits in the queue has not ended.
         """
         if self._client.scheduler_info(n_workers=-1)["workers"]:
             return
         if self._kind not in _LISTINGS:
             _say(f"waiting for workers: none is connected to {self._client.scheduler.address}")
             return
-        # No name is left for a job here: Dask asserts that those it closed are nobody's any more.
+        # Keep no reference to a job: Dask asserts that nobody holds the jobs that it has closed.
         jobs = self._client.cluster.workers
         folders = {str(job.job_id): job.log_directory for job in list(jobs.values())}
         logs = next(filter(None, folders.values()), Path.cwd())
@@ -59,7 +59,7 @@ class WorkerWatch:
 
 
 def _ended_jobs() -> set[str]:
-    """Return the user's jobs that SLURM remembers to have ended, for five minutes as a rule."""
+    """Return the user's ended jobs; SLURM remembers them for five minutes by default."""
     command = ["squeue", "--me", "--noheader", "--format=%A", f"--states={_ENDED_STATES}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return set(done.stdout.split())
@@ -68,4 +68,4 @@ def _ended_jobs() -> set[str]:
 def _say(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)  # above the bar
+    tqdm.write(line, file=sys.stderr)  # above the progress bar

@@ -1,4 +1,4 @@
-"""Render mixes of precomputed spectra as a teacher is to hear them."""
+"""Render mixes of precomputed spectra as waveforms at the teacher's sample rate."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,25 +8,25 @@ from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import MonoStream, inverse_stft, widen
 from flsep.pipeline.teachers.teacher import TeacherInfo
 
-# Beyond the teacher's highest frequency: where a window's main lobe has decayed.
+# Beyond this many bins above the teacher's highest frequency, a window's main lobe has decayed.
 _SPARE_BINS = 16
 
 
 class Renderer:
-    """Renders one mix after the other, in memory that it keeps.
+    """Renders one mix after the other in the same memory.
 
     Parameters
     ----------
     shards : Shards
-        Hold the sources' spectra.
+        Hold the spectra of the sources.
     grid : Grid
-        Length of an excerpt.
+        Positions and length of excerpts.
     teacher : TeacherInfo
-        Says at which rate.
+        Sample rate to render at.
     num_signals : int
-        1 for the mixture; as many as sources more for each of them, scaled, too.
+        1 for the mixture alone, 1 + the number of sources for the scaled sources too.
     seconds : Stopwatch
-        Takes the time of ``mix`` and ``invert``.
+        Takes the times of ``mix`` and ``invert``.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Renderer:
     ) -> None:
         layout = shards.layout
         self._shards, self._grid, self._teacher, self._seconds = shards, grid, teacher, seconds
-        self._num_samples = count_heard_samples(grid, teacher)
+        self._num_samples = count_teacher_samples(grid, teacher)
         self._spectra = np.empty((num_signals, grid.num_frames, layout.num_bins, 2), np.float32)
-        self._parts = [
+        self._regions = [
             (frames, bins, np.empty(self._spectra[0, frames, bins].shape, np.int32))
-            for frames, bins in _heard_parts(grid, teacher.sample_rate_hz)
+            for frames, bins in _audible_regions(grid, teacher.sample_rate_hz)
         ]
 
     def render(self, draw: Draw) -> NDArray[np.float32]:
@@ -52,8 +52,8 @@ class Renderer:
         Returns
         -------
         float32 [signal, sample]
-            The mixture, then the scaled sources if wanted; mono, to which it does not matter which
-            channel is which.
+            The mixture, then the scaled sources if wanted. They are mono, so that a channel swap
+            makes no difference.
 
         Raises
         ------
@@ -74,12 +74,13 @@ class Renderer:
         for source, ((track, window), gain) in enumerate(recipe, start=1):
             first = grid.first_frame(window)
             stored = self._shards.read(track, "stft", source)[first : first + grid.num_frames]
-            for frames, bins, scratch in self._parts:
+            for frames, bins, scratch in self._regions:
+                # The mean over the channels is the mono downmix, since the transform is linear.
                 for channel in range(num_channels):
-                    part = widen(stored[frames, channel, bins], gain / num_channels, scratch)
-                    spectra[0, frames, bins] += part
+                    scaled = widen(stored[frames, channel, bins], gain / num_channels, scratch)
+                    spectra[0, frames, bins] += scaled
                     if len(spectra) > 1:
-                        spectra[source, frames, bins] += part
+                        spectra[source, frames, bins] += scaled
 
     def _invert(self, spectrum: NDArray[np.float32]) -> NDArray[np.float32]:
         layout = self._shards.layout
@@ -90,18 +91,19 @@ class Renderer:
         return np.concatenate([mono.add(waveform[None]), mono.finish()])
 
 
-def count_heard_samples(grid: Grid, teacher: TeacherInfo) -> int:
-    """Return the length of an excerpt at a teacher's rate."""
+def count_teacher_samples(grid: Grid, teacher: TeacherInfo) -> int:
+    """Return the length of an excerpt at the teacher's sample rate."""
     layout = grid.layout
     num_samples = (grid.num_frames - 1) * layout.hop_samples
     return num_samples * teacher.sample_rate_hz // layout.sample_rate_hz
 
 
-def _heard_parts(grid: Grid, rate_hz: int) -> list[tuple[slice, slice]]:
-    """Return the frames and bins of a spectrum that a teacher at some rate can hear.
+def _audible_regions(grid: Grid, rate_hz: int) -> list[tuple[slice, slice]]:
+    """Return the frames and bins that reach a teacher of some sample rate.
 
-    Resampling removes what is above its highest frequency. But where the excerpt is cut out, the
-    edge of all frequencies together is heard: there all bins count.
+    Resampling removes what lies above the teacher's highest frequency, so most bins need not be
+    mixed. Where the excerpt is cut out, however, the edge is a step that all bins shape together:
+    the first and last frames need every bin.
     """
     layout, num_frames = grid.layout, grid.num_frames
     highest = rate_hz / 2 * layout.n_fft / layout.sample_rate_hz

@@ -1,41 +1,54 @@
 """Render the mixes of one file."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flsep.cache import CacheError, Grid, MixesConfig, MixesFile, RandomMixes, Shards, write_mixes
-from flsep.cache.errors import MismatchError
+from flsep.cache import (
+    CacheError,
+    Draw,
+    Grid,
+    MismatchError,
+    MixesConfig,
+    MixesFile,
+    RandomMixes,
+    Shards,
+    TrackRecord,
+    write_mixes,
+)
 from flsep.cache.mixes_file import digest_tracks
+from flsep.pipeline.execution.stage import TaskReport
 from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import activity_db
 from flsep.pipeline.mixes.renderer import Renderer
 from flsep.pipeline.packages import list_packages
-from flsep.pipeline.teachers.teacher import TeacherInfo, load_once
+from flsep.pipeline.teachers.teacher import Teacher, TeacherInfo, load_once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MixesSettings:
-    """What all tasks share; small, and sent to every worker.
+    """What all tasks of a run share; small, and sent to every worker.
 
     Attributes
     ----------
     folder : Path
-        Where the mixes go.
+        Output folder.
     shards : Path
-        What they are rendered from.
+        Folder of the shards to mix.
     config : MixesConfig
-        What decides them.
+        What decides the mixes.
     teacher : TeacherInfo
-        The teacher's identity and window.
+        Identity and windows of the teacher.
     teacher_folder : Path
-        Where a worker loads it from.
+        Where a worker loads the teacher from.
     num_threads : int, optional
-        For the teacher in one process; None leaves it to TensorFlow. The last bits of an embedding
-        depend on it, so it must be the same for any number of workers.
+        Threads of the teacher in a process; None leaves it to TensorFlow. The last bits of an
+        embedding depend on it, so it must not depend on the number of workers.
     verify : bool
         Compare each signal of the shards with its digest when it is first read.
     """
@@ -50,19 +63,7 @@ class MixesSettings:
 
 
 class MixesTask(NamedTuple):
-    """The work of one task: render some neighbouring mixes of an epoch.
-
-    Attributes
-    ----------
-    name : str
-        Of the file.
-    epoch : int
-        Whose mixes.
-    indices : range
-        Which ones.
-    num_bytes : int
-        Size of what is stored.
-    """
+    """The work of one task: render consecutive mixes of an epoch into one file."""
 
     name: str
     epoch: int
@@ -70,30 +71,11 @@ class MixesTask(NamedTuple):
     num_bytes: int
 
 
-@dataclass(slots=True)
-class MixesReport:
-    """What became of one task.
-
-    Attributes
-    ----------
-    num_mixes : int
-        In the file.
-    kept : bool
-        Whether it was there already, complete and intact.
-    found : str, optional
-        What was wrong with the file that was there; None if it was kept, or none was there.
-    seconds : Stopwatch
-        Time spent on ``mix``, ``invert``, ``teacher``, ``write`` and ``load`` (of the teacher).
-    """
-
-    num_mixes: int
-    kept: bool = False
-    found: str | None = None
-    seconds: Stopwatch = field(default_factory=Stopwatch)
-
-
-def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
+def render_mixes(task: MixesTask, settings: MixesSettings) -> TaskReport:
     """Render the mixes of a task, unless they are there, complete and intact.
+
+    The report's phases are ``load`` (of the teacher), ``mix``, ``invert``, ``teacher`` and
+    ``write``.
 
     Raises
     ------
@@ -102,24 +84,19 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
     OSError
         If the file cannot be written.
     """
-    report, config = MixesReport(len(task.indices)), settings.config
+    config, num_mixes = settings.config, len(task.indices)
+    report = TaskReport(task.name, num_mixes, num_mixes * config.excerpt_seconds)
     path = settings.folder / task.name
+    problem = _find_problem(path, task, config)
+    report.kept = problem is None
+    if report.kept:
+        return report
     if path.exists():
-        try:
-            file = MixesFile.read(path)
-            report.kept = (file.config, file.epoch) == (config, task.epoch)
-            report.found = None if report.kept else f"{path}: made with another configuration"
-        except CacheError as error:
-            report.found = str(error)
-        if report.kept:
-            return report
+        report.found = problem
+
     shards = _open_shards(settings.shards, settings.verify)
     grid = Grid(shards.layout, config.excerpt_seconds)
-    tracks, _ = grid.split_by_length(shards, config.split)
-    if (shards.index.fingerprint, digest_tracks(tracks)) != (config.shards, config.tracks):
-        raise MismatchError(
-            f"{settings.shards}: the shards changed while the run was going on; start again"
-        )
+    tracks = _find_tracks(shards, grid, config)
     with report.seconds.measure("load"):
         teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
     draws = RandomMixes(
@@ -131,33 +108,84 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> MixesReport:
         swap_probability=config.swap_probability,
         seed=config.seed,
     )
-    numbers = {track.name: number for number, track in enumerate(tracks)}
     arrays = {
         name: np.zeros(dataset.shape, dataset.dtype)
-        for name, dataset in config.datasets(len(task.indices)).items()
+        for name, dataset in config.datasets(num_mixes).items()
     }
     num_signals = arrays["activity"].shape[1]
-    at_once = max(1, teacher.batch_windows // (num_signals * config.num_windows))
     renderer = Renderer(shards, grid, teacher.info, num_signals, report.seconds)
-    for first in range(0, len(task.indices), at_once):
-        chosen = slice(first, first + at_once)
-        group = [draws.draw(task.epoch, index) for index in task.indices[chosen]]
-        arrays["track"][chosen] = [[numbers[t.name] for t, _ in draw.places] for draw in group]
-        arrays["frame"][chosen] = [[grid.first_frame(k) for _, k in draw.places] for draw in group]
-        arrays["gain"][chosen] = [draw.gains for draw in group]
-        arrays["swap"][chosen] = [draw.swaps for draw in group]
-        waveforms = np.concatenate([renderer.render(draw) for draw in group])
-        with report.seconds.measure("teacher"):
-            embeddings = teacher.embed_each(waveforms)
-        window, hop = teacher.info.window_samples, teacher.info.hop_samples
-        levels = np.stack([activity_db(w, window, hop, config.num_windows) for w in waveforms])
-        for name, values in (("embedding", embeddings), ("activity", levels)):
-            arrays[name][chosen] = values.reshape(len(group), *arrays[name].shape[1:])
+
+    # The teacher is fastest with full batches: let it hear several mixes at once.
+    for chosen in _batches(num_mixes, teacher.batch_windows // (num_signals * config.num_windows)):
+        recipes = [draws.draw(task.epoch, index) for index in task.indices[chosen]]
+        _store_recipes(arrays, chosen, recipes, tracks, grid)
+        waveforms = np.concatenate([renderer.render(recipe) for recipe in recipes])
+        _store_embeddings(arrays, chosen, waveforms, teacher, report.seconds)
+
     with report.seconds.measure("write"):
         write_mixes(path, config, task.epoch, arrays, list_packages())
     return report
 
 
+def _find_problem(path: Path, task: MixesTask, config: MixesConfig) -> str | None:
+    """Say why a file is not that of the task; None if it is."""
+    try:
+        file = MixesFile.read(path)
+    except CacheError as error:
+        return str(error)
+    if (file.config, file.epoch) != (config, task.epoch):
+        return f"{path}: made with another configuration"
+    return None
+
+
 @lru_cache(maxsize=1)
 def _open_shards(folder: Path, verify: bool) -> Shards:
     return Shards(folder, verify=verify)
+
+
+def _find_tracks(shards: Shards, grid: Grid, config: MixesConfig) -> Sequence[TrackRecord]:
+    tracks, _ = grid.split_by_length(shards, config.split)
+    if (shards.index.fingerprint, digest_tracks(tracks)) != (config.shards, config.tracks):
+        raise MismatchError(
+            f"{shards.folder}: the shards changed while the run was going on; start again"
+        )
+    return tracks
+
+
+def _batches(num_mixes: int, size: int) -> Iterator[slice]:
+    step = max(1, size)
+    for first in range(0, num_mixes, step):
+        yield slice(first, first + step)
+
+
+def _store_recipes(
+    arrays: dict[str, NDArray[Any]],
+    chosen: slice,
+    recipes: Sequence[Draw],
+    tracks: Sequence[TrackRecord],
+    grid: Grid,
+) -> None:
+    numbers = {track.name: number for number, track in enumerate(tracks)}
+    places = [recipe.places for recipe in recipes]
+    arrays["track"][chosen] = [[numbers[track.name] for track, _ in row] for row in places]
+    arrays["frame"][chosen] = [[grid.first_frame(window) for _, window in row] for row in places]
+    arrays["gain"][chosen] = [recipe.gains for recipe in recipes]
+    arrays["swap"][chosen] = [recipe.swaps for recipe in recipes]
+
+
+def _store_embeddings(
+    arrays: dict[str, NDArray[Any]],
+    chosen: slice,
+    waveforms: NDArray[np.float32],
+    teacher: Teacher,
+    seconds: Stopwatch,
+) -> None:
+    """Store embeddings and levels of waveforms, float32 [mix * signal, sample]."""
+    with seconds.measure("teacher"):
+        embeddings = teacher.embed_each(waveforms)
+    window, hop = teacher.info.window_samples, teacher.info.hop_samples
+    num_windows = embeddings.shape[1]
+    levels_db = np.stack([activity_db(w, window, hop, num_windows) for w in waveforms])
+    for name, values in (("embedding", embeddings), ("activity", levels_db)):
+        rows = arrays[name][chosen]
+        rows[...] = values.reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""Plan the work from headers alone: tracks into shards, and their sizes."""
+"""Plan the shards of a corpus from the headers of its files: which tracks, and how large."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from flsep.cache import Layout
 from flsep.cache.format import track_datasets
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.corpus.tracks import Corpus, Track, TrackInfo
-from flsep.pipeline.errors import SettingsError
+from flsep.pipeline.corpus.tracks import Corpus, Track
+from flsep.pipeline.errors import CorpusError, SettingsError
 
 DEFAULT_SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTrack:
-    """A track with the length it will have in the shard."""
+    """A track and its length in the shard, in samples at the rate of the shards."""
 
     track: Track
     num_samples: int
@@ -23,12 +23,12 @@ class PlannedTrack:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """The work of one task: make one shard of these tracks.
+    """The work of one task: make one shard.
 
     Attributes
     ----------
     name : str
-        File name; it depends on the tracks alone, so that a rerun finds its shard again.
+        File name; it depends on the tracks alone, so that a later run finds the shard again.
     tracks : tuple of PlannedTrack
         In the order of the corpus.
     num_bytes : int
@@ -40,7 +40,7 @@ class ShardTask:
     num_bytes: int
 
     def audio_seconds(self, sample_rate_hz: int) -> float:
-        """Length of the tracks in seconds."""
+        """Return the length of all tracks together."""
         return sum(planned.num_samples for planned in self.tracks) / sample_rate_hz
 
 
@@ -51,7 +51,7 @@ class Plan:
     Attributes
     ----------
     tasks : tuple of ShardTask
-        Largest first, so that no long one is left for the end.
+        Largest first, so that no long task is left for the end.
     rejected : tuple of (str, str)
         Tracks that cannot be used, with the reason.
     """
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def tracks(self) -> tuple[PlannedTrack, ...]:
-        """All tracks."""
+        """All planned tracks."""
         return tuple(planned for task in self.tasks for planned in task.tracks)
 
 
@@ -75,23 +75,27 @@ def plan_shards(
 ) -> Plan:
     """Group tracks of one split into shards of about `shard_bytes`.
 
-    A track is never divided: one that is larger than `shard_bytes` has a shard of its own.
+    Tracks are never divided: a track larger than `shard_bytes` has a shard of its own.
 
     Raises
     ------
-    ValueError
-        If no track is left, or `shard_bytes` makes no sense.
+    CorpusError
+        If no track can be used.
+    SettingsError
+        If `shard_bytes` is too small.
     """
     if shard_bytes < 1 << 20:
         raise SettingsError(f"--shard-size {shard_bytes}: expected at least 1 MiB")
     if not corpus.tracks:
         reasons = "; ".join(reason for _, reason in corpus.rejected[:3])
-        raise SettingsError(f"{corpus.root}: no usable track ({reasons})")
+        raise CorpusError(f"{corpus.root}: no usable track ({reasons})")
     layout = _expected_layout(corpus, config)
-    groups: list[tuple[list[PlannedTrack], int]] = []
+    groups: list[tuple[list[PlannedTrack], int]] = []  # tracks and their bytes
     split = ""
     for track in corpus.tracks:
-        planned = PlannedTrack(track, stored_samples(corpus.infos[track.name], config))
+        info = corpus.infos[track.name]
+        num_samples = info.num_samples * config.sample_rate_hz // info.sample_rate_hz
+        planned = PlannedTrack(track, num_samples)
         size = _track_bytes(planned, layout, config)
         if groups and track.split == split and groups[-1][1] + size <= shard_bytes:
             groups[-1][0].append(planned)
@@ -102,11 +106,6 @@ def plan_shards(
     tasks = [ShardTask(_shard_name(tracks), tuple(tracks), size) for tracks, size in groups]
     tasks.sort(key=lambda task: (-task.num_bytes, task.name))
     return Plan(tuple(tasks), corpus.rejected)
-
-
-def stored_samples(info: TrackInfo, config: FeatureConfig) -> int:
-    """Return the length that a track has at the rate of the shards."""
-    return info.num_samples * config.sample_rate_hz // info.sample_rate_hz
 
 
 def _expected_layout(corpus: Corpus, config: FeatureConfig) -> Layout:
@@ -138,7 +137,7 @@ def _track_bytes(planned: PlannedTrack, layout: Layout, config: FeatureConfig) -
 
 
 def _shard_name(tracks: Sequence[PlannedTrack]) -> str:
-    """Name a shard after its split and a digest of its tracks, never after a track's own name."""
+    """Name a shard after its split and a digest of its tracks: their names may not be paths."""
     digest = hashlib.sha256()
     for planned in tracks:
         digest.update(repr((planned.track.name, planned.num_samples)).encode())

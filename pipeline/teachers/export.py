@@ -37,12 +37,9 @@ _SINE_TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class SineCheck:
-    """Embeddings of a 3 s, 1 kHz sine of amplitude 1, beside those of Google's released weights.
+    """Embeddings of a 3 s, 1 kHz sine of amplitude 1, compared with Google's released weights.
 
-    Attributes
-    ----------
-    mean, standard_deviation : float
-        Over all windows and dimensions.
+    Mean and standard deviation are taken over all windows and dimensions.
     """
 
     mean: float
@@ -73,12 +70,12 @@ def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
     checkpoint : pathlib.Path
         ``vggish_model.ckpt``, or the prefix of a checkpoint in several files.
     out : pathlib.Path
-        Folder of the SavedModel; may hold the same one already.
+        Folder of the SavedModel; may hold the same model already.
 
     Returns
     -------
     TeacherInfo
-        Of the teacher in `out`.
+        Identity of the teacher in `out`.
 
     Raises
     ------
@@ -91,7 +88,7 @@ def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
 
 
 def check_vggish(folder: Path) -> SineCheck:
-    """Measure what tells whether a VGGish holds Google's released weights.
+    """Embed the sine that tells whether a VGGish has Google's released weights.
 
     Raises
     ------
@@ -109,14 +106,14 @@ def export_musicnn(out: Path, *, wheel: Path | None = None) -> TeacherInfo:
     Parameters
     ----------
     out : pathlib.Path
-        Folder of the SavedModel; may hold the same one already. The package's licence lies in it.
+        Folder of the SavedModel and the package's licence; may hold the same model already.
     wheel : pathlib.Path, optional
         The package's wheel; by default pip downloads it.
 
     Returns
     -------
     TeacherInfo
-        Of the teacher in `out`.
+        Identity of the teacher in `out`.
 
     Raises
     ------
@@ -147,7 +144,7 @@ def musicnn_tags(folder: Path, waveform: NDArray[np.float32]) -> list[tuple[str,
     Returns
     -------
     list of (str, float)
-        Tags and their likelihoods, the mean over windows; the likeliest first.
+        Tags and their likelihoods, averaged over windows; the most likely first.
 
     Raises
     ------
@@ -171,7 +168,7 @@ def _export(
     functions: Mapping[str, Callable[[Any, Mapping[str, Any], Any], Any]],
     companions: Mapping[str, bytes] | None = None,
 ) -> TeacherInfo:
-    """Save functions of (tf, variables, waveform) as one SavedModel that proved to be a teacher."""
+    """Save functions of (tf, variables, waveform) as one SavedModel, and load it as a teacher."""
     with published_folder(out, lambda _, old: _embed_the_same(teacher, old)) as staging:
         module = tf.Module()
         module.parameters = {
@@ -195,7 +192,7 @@ def _export(
 
 
 def _embed_the_same(new: Teacher, folder: Path) -> bool:
-    """Tell whether `folder` gives the same; equal exports may differ in the names of graphs."""
+    """Compare embeddings of noise: equal exports may differ in the names of their graphs."""
     try:
         old = Teacher.load(folder)
     except TeacherError:
@@ -232,7 +229,7 @@ def _read_checkpoint(
 
 
 def _download_musicnn(folder: Path) -> Path:
-    """Let pip put the package's wheel into `folder`; its pins, which are outdated, do not count."""
+    """Download the package's wheel into `folder` with pip, without its outdated dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet", "--retries", "1"]
     command += ["--dest", str(folder), MUSICNN_REQUIREMENT]
@@ -271,7 +268,7 @@ def _unpack_musicnn(wheel: Path, folder: Path) -> Path:
     model = f"musicnn/{_MUSICNN_MODEL}"
     with zipfile.ZipFile(wheel) as package:
         package.extract(_MUSICNN_LICENCE, folder)
-        # the checkpoint's files are named by their endings alone, which its reader does not take
+        # The names of the checkpoint's files are bare suffixes, which its reader does not accept.
         for ending in (".index", ".data-00000-of-00001"):
             package.extract(f"{model}/{ending}", folder)
             (folder / model / ending).rename(folder / model / f"model{ending}")

@@ -1,8 +1,8 @@
 """The VGG tagger of the package musicnn as TensorFlow operations.
 
 Pons and Serra (2019), "musicnn: pre-trained convolutional neural networks for music audio tagging",
-arXiv 1909.06654; the model MTT_vgg, trained on MagnaTagATune. Unlike there, frames are not centred,
-so that a patch's embedding does not depend on what surrounds it.
+arXiv 1909.06654; the model MTT_vgg, trained on MagnaTagATune. Unlike in the package, frames are not
+centred, so that the embedding of a patch does not depend on the audio around it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FFT_SIZE, _FRAME_HOP_SAMPLES, _NUM_MELS, _PATCH_FRAMES = 512, 256, 96, 187
 _NUM_CONVOLUTIONS, _NUM_FILTERS = 5, 128
 _POOLS = (((4, 1), 2), (2, 2), (2, 2), (2, 2), (4, 4))  # size, stride
 _NORM_EPSILON = 1e-3
-# The first layers take 9 MB a patch and array; more patches at once are no faster.
+# An array of the first layers takes 9 MB a patch, and larger batches are not faster.
 _PATCHES_AT_ONCE = 16
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "dense/kernel": (DIM, len(TAGS)),
     "dense/bias": (len(TAGS),),
 }
-"""Variables of the checkpoint."""
+"""Shapes of the checkpoint's variables."""
 
 
 def log_mel(tf: Any, waveform: Any) -> Any:
@@ -60,8 +60,8 @@ def log_mel(tf: Any, waveform: Any) -> Any:
     Returns
     -------
     float32 [..., window, 187, 96]
-        ``log10(1 + 10000 mel)``: periodic Hann windows of 512 samples every 256, not centred, 96
-        Slaney mel bands of 0-8000 Hz on the power; patches of 187 frames that do not overlap.
+        ``log10(1 + 10000 mel)``: periodic Hann windows of 512 samples every 256, not centred; 96
+        Slaney mel bands of the power, 0-8000 Hz; patches of 187 frames without overlap.
     """
     import librosa
 
@@ -80,15 +80,15 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
     tf : module
         TensorFlow.
     variables : mapping of str to variable
-        By the names of `SHAPES`.
+        Named as in `SHAPES`.
     waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
     float32 [window, 256]
-        The last pooling layer, batch normalisation with the trained moments; the flattening order
-        is row, column, channel. The windows of the first waveform come first.
+        Output of the last pooling layer, flattened in the order row, column, channel; batch
+        normalisation uses the trained moments. The windows of the first waveform come first.
     """
     patches = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS])
     num_groups = -(-tf.shape(patches)[0] // _PATCHES_AT_ONCE)
@@ -107,7 +107,7 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
 
 
 def tag(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
-    """Compute how likely each of `TAGS` is, float32 [window, tag]; otherwise as `embed`."""
+    """Return the likelihoods of `TAGS`, float32 [window, tag]; parameters as for `embed`."""
     embedding = embed(tf, variables, waveform)
     return tf.sigmoid(tf.matmul(embedding, variables["dense/kernel"]) + variables["dense/bias"])
 

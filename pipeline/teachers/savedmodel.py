@@ -1,4 +1,4 @@
-"""Folders that hold a teacher: found, downloaded, told apart by content, published whole."""
+"""Folders that hold a SavedModel: find, download, compare and publish them."""
 
 from __future__ import annotations
 
@@ -25,26 +25,21 @@ VGGISH_HANDLE = "https://tfhub.dev/google/vggish/1"
 
 _ALIASES = {"vggish": VGGISH_HANDLE}
 _MODEL_FILE = "saved_model.pb"
-# What belongs to a SavedModel; fingerprint.pb is left out, it differs between two equal exports.
+# Files of a SavedModel, without fingerprint.pb, which differs between two equal exports.
 _OWN_FILE = re.compile(
     r"saved_model\.pb|variables/variables\.(index|data-\d+-of-\d+)|assets/(?!\.)([^/]+/)*[^/]*[^/~]"
 )
 _STALL_SECONDS = 30.0  # without a byte from the server
-_STALE_LOCK_SECONDS = 60  # without progress of another process that downloads the same address
-# What TensorFlow's libraries print before any setting can silence them.
+_STALE_LOCK_SECONDS = 60  # without progress of another process that downloads the same model
+# TensorFlow's libraries print these lines before any setting can silence them.
 _START_UP_NOISE = re.compile(rb"WARNING: All log messages before absl::|[IW]0000 ")
 
 
 def import_tensorflow() -> Any:
-    """Import TensorFlow and TensorFlow Hub with a quiet standard error.
+    """Import TensorFlow and TensorFlow Hub without messages on stderr; return ``tensorflow``.
 
-    ``TF_CPP_MIN_LOG_LEVEL`` in the environment turns the messages on again. oneDNN is on, unless
-    ``TF_ENABLE_ONEDNN_OPTS`` says otherwise: its results do not depend on the number of threads.
-
-    Returns
-    -------
-    module
-        ``tensorflow``.
+    Setting ``TF_CPP_MIN_LOG_LEVEL`` turns the messages on again. oneDNN is on, unless
+    ``TF_ENABLE_ONEDNN_OPTS`` is set: its results do not depend on the number of threads.
     """
     if "tensorflow_hub" in sys.modules:
         return sys.modules["tensorflow"]
@@ -55,13 +50,13 @@ def import_tensorflow() -> Any:
         import tensorflow as tf
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pkg_resources, which it imports
+            warnings.simplefilter("ignore")  # from pkg_resources, which TensorFlow Hub imports
             import tensorflow_hub  # noqa: F401
     return tf
 
 
 def resolve(handle: str | os.PathLike[str]) -> Path:
-    """Find the local folder of a teacher's SavedModel, downloading it if need be.
+    """Find the local folder of a teacher's SavedModel; download it if need be.
 
     Parameters
     ----------
@@ -72,7 +67,7 @@ def resolve(handle: str | os.PathLike[str]) -> Path:
     Returns
     -------
     pathlib.Path
-        The folder itself, or the one in TensorFlow Hub's cache (``TFHUB_CACHE_DIR``).
+        The folder, or its copy in TensorFlow Hub's cache (``TFHUB_CACHE_DIR``).
 
     Raises
     ------
@@ -117,7 +112,7 @@ def resolve(handle: str | os.PathLike[str]) -> Path:
 
 
 def canonical_handle(handle: str | os.PathLike[str]) -> str:
-    """Return a handle as text, an alias as the address that it stands for."""
+    """Return a handle as text; an alias becomes its address."""
     name = os.fspath(handle)
     return _ALIASES.get(name, name)
 
@@ -125,15 +120,15 @@ def canonical_handle(handle: str | os.PathLike[str]) -> str:
 def own_files(folder: Path) -> list[str]:
     """List the files of a SavedModel, sorted, relative to its folder.
 
-    These are ``saved_model.pb`` and what lies in ``variables`` and ``assets``; caches, fingerprints
-    and what editors leave behind are not the model's own.
+    These are ``saved_model.pb`` and the files in ``variables`` and ``assets``, without caches,
+    fingerprints and backup files of editors.
     """
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if _OWN_FILE.fullmatch(name))
 
 
 def content_digest(folder: Path) -> str:
-    """Compute the SHA-256 over names, lengths and bytes of a SavedModel's own files, as hex digits.
+    """Return the SHA-256 of names, lengths and bytes of a SavedModel's `own_files`, in hex.
 
     Raises
     ------
@@ -154,7 +149,7 @@ def content_digest(folder: Path) -> str:
 
 
 def have_same_content(folder: Path, other: Path) -> bool:
-    """Tell whether two SavedModels are the same, byte for byte."""
+    """Tell whether two SavedModels are equal byte for byte."""
     return content_digest(folder) == content_digest(other)
 
 
@@ -162,19 +157,19 @@ def have_same_content(folder: Path, other: Path) -> bool:
 def published_folder(
     out: Path, is_same: Callable[[Path, Path], bool] = have_same_content
 ) -> Iterator[Path]:
-    """Fill a folder beside `out` that takes its name once it is complete.
+    """Fill a folder beside `out` that is renamed to `out` once it is complete.
 
     Parameters
     ----------
     out : pathlib.Path
-        Must not exist, be empty, or hold the same SavedModel (it then stays as it is).
+        Missing, empty, or a folder with the same SavedModel, which then stays unchanged.
     is_same : callable
-        Tells whether the new folder and `out` hold the same.
+        Tells whether the new folder and `out` hold the same model.
 
     Yields
     ------
     pathlib.Path
-        The folder to write a SavedModel into; it is removed if the block raises.
+        Folder to write a SavedModel into; removed if the block raises.
 
     Raises
     ------
@@ -210,14 +205,9 @@ def fetch(handle: str | os.PathLike[str], out: Path) -> Path:
     Parameters
     ----------
     handle : str or path
-        As `resolve` takes it.
+        Alias, address or folder, as for `resolve`.
     out : pathlib.Path
-        The new folder.
-
-    Returns
-    -------
-    pathlib.Path
-        `out`.
+        The new folder, which is also returned.
 
     Raises
     ------
@@ -233,7 +223,7 @@ def fetch(handle: str | os.PathLike[str], out: Path) -> Path:
 
 
 def one_line(error: object) -> str:
-    """Put an error's text on one line of at most 200 characters."""
+    """Format an error as one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 
@@ -248,7 +238,7 @@ def _unreachable(handle: str, reason: str) -> TeacherError:
 
 
 def _download(handle: str) -> str:
-    """Download an address into TensorFlow Hub's cache, unless it is there."""
+    """Download an address into TensorFlow Hub's cache, unless it is there already."""
     import tensorflow_hub
     from tensorflow_hub.compressed_module_resolver import (
         HttpCompressedFileResolver,
@@ -262,7 +252,7 @@ def _download(handle: str) -> str:
     with tempfile.TemporaryFile() as archive:
 
         class CheckedResolver(HttpCompressedFileResolver):
-            """The library's own, which waits for ever and takes half an archive as good."""
+            """The library's resolver, with a timeout and a check that the archive is complete."""
 
             def _call_urlopen(self, request: urllib.request.Request) -> IO[bytes]:
                 with urllib.request.urlopen(
@@ -280,7 +270,7 @@ def _download(handle: str) -> str:
 
 
 def _check_archive(archive: IO[bytes], announced: str | None) -> None:
-    """Raise TeacherError unless an archive is whole and holds a SavedModel; rewind it."""
+    """Raise TeacherError unless an archive is complete and holds a SavedModel; rewind it."""
     num_bytes = archive.tell()
     if announced is not None and num_bytes != int(announced):
         raise TeacherError(f"the download broke off after {num_bytes} of {announced} bytes")
@@ -299,7 +289,7 @@ def _check_archive(archive: IO[bytes], announced: str | None) -> None:
 
 @contextlib.contextmanager
 def _start_up_noise_dropped() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2; pass on all but TensorFlow's own noise."""
+    """Hold back what is written to file descriptor 2, then write all but TensorFlow's noise."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -1,7 +1,7 @@
-"""Teachers: SavedModels that map a mono waveform to one embedding a window.
+"""Load and call teachers: SavedModels that map a mono waveform to one embedding a window.
 
-The only loader. Windowing is not asked for but found, by calling the model as a black box; long
-waveforms are fed in chunks of whole windows, so that memory is bounded by the chunk.
+A model does not declare its windows: they are found by calling the model as a black box. Long
+waveforms are fed in chunks of whole windows, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -17,50 +17,39 @@ from numpy.typing import NDArray
 
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers.savedmodel import (
-    VGGISH_HANDLE,
     canonical_handle,
     content_digest,
-    fetch,
     import_tensorflow,
     one_line,
     resolve,
 )
-
-__all__ = [
-    "VGGISH_HANDLE",
-    "Teacher",
-    "TeacherError",
-    "TeacherInfo",
-    "content_digest",
-    "fetch",
-    "resolve",
-]
 
 SAMPLE_RATE_HZ = 16000
 _SHORTEST_PROBE_SAMPLES = SAMPLE_RATE_HZ
 _LONGEST_PROBE_SAMPLES = 64 * SAMPLE_RATE_HZ  # two windows must fit
 _NUM_CHECKED_WINDOWS = 5
 _CHUNK_TOLERANCE = 1e-3  # relative to the largest embedding value
+
 EACH = "each"
-"""A teacher may have a function of this name: float32 [waveform, sample] -> [window, dim]."""
+"""Name of an optional function of the model: float32 [waveform, sample] -> [window, dim]."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What a teacher is, and how it cuts audio into windows.
+    """Identity of a teacher, and how it cuts audio into windows.
 
     Attributes
     ----------
     handle : str
-        Address or folder that it was loaded from.
+        Address or folder that the teacher was loaded from.
     digest : str
         `content_digest` of its folder.
     sample_rate_hz : int
-        Of the waveform that it takes.
+        Sample rate of its input.
     dim : int
-        Length of an embedding.
+        Dimension of an embedding.
     window_samples, hop_samples : int
-        Window ``w`` covers the samples from ``w * hop_samples``, ``window_samples`` of them.
+        Window ``w`` covers ``window_samples`` samples from ``w * hop_samples``.
     """
 
     handle: str
@@ -77,9 +66,9 @@ class Teacher:
     Attributes
     ----------
     info : TeacherInfo
-        Identity and windowing.
+        Identity and windows.
     batch_windows : int
-        Most windows that the model sees at once.
+        Largest number of windows in one call of the model.
     """
 
     info: TeacherInfo
@@ -104,28 +93,22 @@ class Teacher:
         Parameters
         ----------
         handle : str or path
-            As `resolve` takes it.
+            Alias, address or folder, as for `resolve`.
         batch_windows : int
-            Most windows that the model sees at once.
+            Largest number of windows in one call of the model.
         num_threads : int, optional
-            Threads of TensorFlow in this process; by default as many as there are cores.
+            Threads of TensorFlow in this process; by default one a core.
         info : TeacherInfo, optional
-            What an earlier load of the same teacher found: its windows are not looked for again.
-            Compare the digest of the result with that of `info`.
-
-        Returns
-        -------
-        Teacher
-            Ready to be called.
+            Result of an earlier load of the same teacher; its windows are then not searched again.
+            The caller compares the digests.
 
         Raises
         ------
         TeacherError
-            If it cannot be found, downloaded or loaded, or is no teacher: a function of float32
-            [sample] that returns finite float32 [window, dim], where a window's embedding depends
-            on that window alone.
-        ValueError
-            If `num_threads` comes too late because TensorFlow runs already.
+            If the teacher cannot be found, downloaded or loaded, or `num_threads` cannot take
+            effect because TensorFlow runs already, or the model is no teacher: a function of
+            float32 [sample] that returns finite float32 [window, dim], where the embedding of a
+            window depends on that window alone.
         """
         if batch_windows < 1:
             raise ValueError(f"batch_windows is {batch_windows}, expected 1 or more")
@@ -137,7 +120,7 @@ class Teacher:
 
         try:
             model = tensorflow_hub.load(str(folder))
-        except Exception as error:  # the loader raises whatever a damaged file leads it into
+        except Exception as error:  # a damaged file may make the loader raise anything
             raise TeacherError(
                 f"teacher {name}: {folder} cannot be loaded as a SavedModel ({one_line(error)}); "
                 "delete that folder and make or download it again"
@@ -169,12 +152,10 @@ class Teacher:
         Returns
         -------
         float32 [window, dim]
-            One embedding for each window that lies inside the waveform.
+            One embedding for each window that lies inside the waveform, at least one.
 
         Raises
         ------
-        ValueError
-            If the waveform is not float32 [sample] or is shorter than one window.
         TeacherError
             If an embedding is not finite.
         """
@@ -192,7 +173,7 @@ class Teacher:
         return _embed_in_chunks(self._model, self.info, waveform, self.batch_windows)
 
     def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed short waveforms of one length, in large batches where the model can do that.
+        """Embed short waveforms of one length, in large batches if the model has `EACH`.
 
         Parameters
         ----------
@@ -206,8 +187,6 @@ class Teacher:
 
         Raises
         ------
-        ValueError
-            If the waveforms are shorter than one window.
         TeacherError
             If an embedding is not finite.
         """
@@ -225,25 +204,16 @@ class Teacher:
 
 @lru_cache(maxsize=1)
 def load_once(folder: Path, info: TeacherInfo, num_threads: int | None) -> Teacher:
-    """Load a teacher once in a process.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Where it is.
-    info : TeacherInfo
-        What the run found it to be.
-    num_threads : int, optional
-        As for `Teacher.load`.
+    """Load the teacher that a run has found, once in a process.
 
     Raises
     ------
-    ValueError
-        If it is no longer the same.
+    TeacherError
+        If its content has changed since.
     """
     teacher = Teacher.load(str(folder), num_threads=num_threads, info=info)
     if teacher.info.digest != info.digest:
-        raise ValueError(
+        raise TeacherError(
             f"{folder}: the teacher changed while the run was going on; start again with one "
             "teacher"
         )
@@ -251,7 +221,7 @@ def load_once(folder: Path, info: TeacherInfo, num_threads: int | None) -> Teach
 
 
 class _Function:
-    """The model's function, its result checked at every call."""
+    """The model's function; checks the result of every call."""
 
     def __init__(self, name: str, model: Any) -> None:
         if not callable(model):
@@ -266,11 +236,11 @@ class _Function:
 
     @property
     def has_each(self) -> bool:
-        """Whether the model takes several waveforms at once."""
+        """Whether the model takes several waveforms in one call."""
         return callable(getattr(self._model, EACH, None))
 
     def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed waveforms of one length, float32 [window, dim], those of the first one first."""
+        """Return float32 [window, dim]: all windows of the first waveform, then of the next."""
         return self._check(getattr(self._model, EACH)(self._tf.constant(waveforms)), waveforms)
 
     def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -296,25 +266,25 @@ class _Function:
         return embedding
 
     def count_windows(self, waveform: NDArray[np.float32]) -> int:
-        """Count the windows of a short probe; a model may refuse one that is too short."""
+        """Count the windows of a probe; 0 if the model refuses it as too short."""
         try:
             return len(self(waveform))
         except TeacherError:
             raise
-        except Exception:  # a black box: which error says "too short" is its own affair
+        except Exception:  # every model refuses short input in its own way
             return 0
 
     def describe_input(self) -> str:
-        """Name the input that the SavedModel's function was made for."""
+        """Describe the input signatures of the SavedModel's function."""
         functions = getattr(self._model.__call__, "concrete_functions", [])
         inputs = {str(spec) for f in functions for spec in f.structured_input_signature[0]}
         return " or ".join(sorted(inputs)) or "nothing known"
 
 
 def _configure(tf: Any, num_threads: int | None) -> None:
-    """Set threads and GPU memory growth, which both must come before TensorFlow starts."""
+    """Set threads and GPU memory growth, which is possible only before TensorFlow starts."""
     threading = tf.config.threading
-    # TensorFlow's own choice, 0, is every core that the process may use.
+    # 0 means TensorFlow's default: every core in the process's CPU affinity, whatever its cgroup.
     running = threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
     try:
         for gpu in tf.config.list_physical_devices("GPU"):
@@ -324,7 +294,7 @@ def _configure(tf: Any, num_threads: int | None) -> None:
             threading.set_intra_op_parallelism_threads(num_threads)
             threading.set_inter_op_parallelism_threads(1)
     except RuntimeError as error:
-        raise ValueError(
+        raise TeacherError(
             f"num_threads={num_threads} or GPU memory growth cannot take effect, TensorFlow runs "
             f"already in this process with {running} threads; load the teacher before anything "
             "else uses TensorFlow, or in a process of its own"
@@ -348,7 +318,7 @@ def _find_windows(function: _Function) -> tuple[int, int, int]:
 def _fewest_samples(
     function: _Function, noise: NDArray[np.float32], num_windows: int, more_than: int = 0
 ) -> int:
-    """Bisect for the shortest part of `noise`, which is long enough, that gives `num_windows`."""
+    """Find by bisection the shortest beginning of `noise` that gives `num_windows`."""
     low, high = more_than, len(noise)
     while high - low > 1:
         middle = (low + high) // 2
@@ -360,7 +330,7 @@ def _fewest_samples(
 
 
 def _refusal(function: _Function, noise: NDArray[np.float32]) -> TeacherError:
-    """Say why a model gave fewer than two windows for the longest probe."""
+    """Return the error for a model that gives fewer than two windows for the longest probe."""
     try:
         found = f"gives {len(function(noise))} windows for {len(noise)} samples, expected 2 or more"
         cause = None

@@ -35,7 +35,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     for layer, shape in _LAYERS.items()
     for kind in ("weights", "biases")
 }
-"""Variables of the checkpoint, in the network's order."""
+"""Shapes of the checkpoint's variables, in the order of the network."""
 
 
 def log_mel(tf: Any, waveform: Any) -> Any:
@@ -51,8 +51,8 @@ def log_mel(tf: Any, waveform: Any) -> Any:
     Returns
     -------
     float32 [..., window, 96, 64]
-        ``log(mel + 0.01)``: periodic Hann windows of 25 ms every 10 ms, not centred, FFT of 512,
-        64 HTK mel bands of 125-7500 Hz on the magnitude; patches of 0.96 s that do not overlap.
+        ``log(mel + 0.01)``: periodic Hann windows of 25 ms every 10 ms, not centred, FFT of 512;
+        64 HTK mel bands of the magnitude, 125-7500 Hz; patches of 0.96 s without overlap.
     """
     spectrum = tf.signal.stft(waveform, _FRAME_SAMPLES, _FRAME_HOP_SAMPLES, _FFT_SIZE)
     bands = tf.signal.linear_to_mel_weight_matrix(
@@ -70,14 +70,15 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
     tf : module
         TensorFlow.
     variables : mapping of str to variable
-        By the names of `SHAPES`.
+        Named as in `SHAPES`.
     waveform : float32 [..., sample]
         Mono, 16 kHz.
 
     Returns
     -------
     float32 [window, 128]
-        The last layer, without an activation; the windows of the first waveform, then of the next.
+        Output of the last layer, without an activation. The windows of the first waveform come
+        first.
     """
     hidden = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS, 1])
     for layer, shape in _LAYERS.items():

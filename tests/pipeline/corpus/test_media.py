@@ -301,3 +301,16 @@ def test_keeps_libav_quiet_in_a_process_of_its_own(tmp_path, example_track):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
     assert done.stderr == ""
     assert "damaged.mp4: cannot be decoded" in done.stdout
+
+
+def test_a_file_is_opened_once_for_all_its_streams(
+    example_track: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    library_open = av.open
+    monkeypatch.setattr(
+        av, "open", lambda *args, **options: opened.append(args) or library_open(*args, **options)
+    )
+    infos = media.probe_all([AudioStream(example_track, stream) for stream in range(5)])
+    assert {info.num_samples for info in infos} == {268288}
+    assert opened == [(str(example_track),)]

@@ -10,8 +10,9 @@ import soundfile
 from click.testing import CliRunner, Result
 
 from flsep.pipeline.cli import cli
-from flsep.pipeline.commands import workers
-from flsep.pipeline.commands.workers import choose_workers
+from flsep.pipeline.commands import worker_options
+from flsep.pipeline.commands.worker_options import choose_workers
+from flsep.pipeline.execution import cluster
 from flsep.pipeline.execution.cluster import ClusterSettings, job_script, start_cluster
 
 NEEDED = 3 << 30
@@ -19,7 +20,12 @@ NEEDED = 3 << 30
 
 def settings(kind: str = "slurm", **options: object) -> ClusterSettings:
     return ClusterSettings(
-        kind=kind, least=1, most=2, options=options, worker_bytes=NEEDED, folder=Path("/shards")
+        kind=kind,
+        min_workers=1,
+        max_workers=2,
+        options=options,
+        worker_bytes=NEEDED,
+        folder=Path("/shards"),
     )
 
 
@@ -104,7 +110,9 @@ def test_without_the_batch_system_it_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_local_workers_listen_on_the_loopback_alone() -> None:
-    local = ClusterSettings(kind="local", least=1, most=2, worker_bytes=0, folder=Path("/"))
+    local = ClusterSettings(
+        kind="local", min_workers=1, max_workers=2, worker_bytes=0, folder=Path("/")
+    )
     with start_cluster(local) as client:
         client.wait_for_workers(1)
         this = psutil.Process()
@@ -119,8 +127,8 @@ def test_local_workers_listen_on_the_loopback_alone() -> None:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
-    monkeypatch.setattr(workers, "require_memory", lambda number: None)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(worker_options, "require_memory", lambda number: None)
+    monkeypatch.setattr(cluster, "count_cores", lambda: 3)
     defaults = {
         "workers": None,
         "adapt": None,
@@ -146,7 +154,7 @@ def test_choices(choose: Callable[..., object]) -> None:
     ):
         chosen = choose(**options)
         assert isinstance(chosen, ClusterSettings)
-        assert (chosen.least, chosen.most) == bounds
+        assert (chosen.min_workers, chosen.max_workers) == bounds
         assert chosen.kind == options.get("cluster", "local")
 
 
@@ -211,3 +219,9 @@ def test_misspelt_options_are_usage_errors(
     result = dry_run(*options)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_cores_are_counted_as_dask_does() -> None:
+    from dask.system import cpu_count
+
+    assert cluster.count_cores() == cpu_count()

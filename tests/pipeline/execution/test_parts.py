@@ -17,11 +17,12 @@ from flsep.cache import Shards
 from flsep.pipeline.cli import cli
 from flsep.pipeline.config import FeatureConfig
 from flsep.pipeline.corpus.tracks import find_corpus
-from flsep.pipeline.execution.parts import share_tasks
-from flsep.pipeline.shards import build
-from flsep.pipeline.shards.build import ShardSettings
+from flsep.pipeline.execution.parts import tasks_of_part
+from flsep.pipeline.execution.stage import run_stage
+from flsep.pipeline.shards import track as track_module
 from flsep.pipeline.shards.plan import ShardTask, plan_shards
-from flsep.pipeline.shards.run import run_plan
+from flsep.pipeline.shards.run import shards_stage
+from flsep.pipeline.shards.settings import ShardSettings
 from flsep.pipeline.teachers.teacher import Teacher
 
 RATE_HZ = 16000
@@ -66,13 +67,13 @@ def times(folder: Path) -> dict[str, int]:
 def test_parts_by_hand() -> None:
     tasks = [ShardTask(f"{size}", (), size) for size in (9, 7, 6, 5, 4, 1)]
     # each to the one with least: 9 | 7 | 7+6=13 | 9+5=14 | 13+4=17 | 14+1=15
-    shares = [[task.num_bytes for task in share_tasks(tasks, part, 2)] for part in (1, 2)]
+    shares = [[task.num_bytes for task in tasks_of_part(tasks, part, 2)] for part in (1, 2)]
     assert shares == [[9, 5, 1], [7, 6, 4]]
-    assert share_tasks(tasks, 1, 1) == tuple(tasks)
-    assert share_tasks(tasks[:1], 2, 2) == ()
+    assert tasks_of_part(tasks, 1, 1) == tuple(tasks)
+    assert tasks_of_part(tasks[:1], 2, 2) == ()
     for part in (0, 3):
         with pytest.raises(ValueError, match=rf"--part {part}/2: expected a part from 1 to 2"):
-            share_tasks(tasks, part, 2)
+            tasks_of_part(tasks, part, 2)
 
 
 def test_parts_make_what_one_run_makes(
@@ -88,7 +89,7 @@ def test_parts_make_what_one_run_makes(
     assert not (folder / "index.json").exists()
     missing = run(corpus, folder, "--finalise")
     assert missing.exit_code == 1
-    message = str(missing.exception)
+    message = missing.output
     assert "2 of 6 shards are not there" in message
     whole = Shards(tmp_path / "whole").index
     absent = [track for track in whole.tracks if not (folder / track.shard).exists()]
@@ -108,14 +109,14 @@ def test_finalise_wants_shards_that_hold(
     corpus: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:
     folder = tmp_path / "s"
-    assert "no part has run here" in str(run(corpus, folder, "--finalise").exception)
+    assert "no part has run here" in run(corpus, folder, "--finalise").output
     assert run(corpus, folder, "--part", "1/1").exit_code == 0
     path = sorted(folder.glob("*.h5"))[0]
     path.write_bytes(path.read_bytes()[:-100])
-    assert f"{path}: " in str(run(corpus, folder, "--finalise").exception)
+    assert f"{path}: " in run(corpus, folder, "--finalise").output
     result = run(corpus, folder, "--finalise", "--hop", "64")
-    assert "another configuration" in str(result.exception)
-    assert "leave out --part" in str(run(corpus, folder, "--finalise", "--repair").exception)
+    assert "another configuration" in result.output
+    assert "leave out --part" in run(corpus, folder, "--finalise", "--repair").output
 
 
 def test_parts_run_at_once_but_not_beside_a_whole_run(
@@ -128,11 +129,11 @@ def test_parts_run_at_once_but_not_beside_a_whole_run(
         assert run(corpus, folder, "--part", "1/2").exit_code == 0
         for options in ([], ["--finalise"], ["--repair"]):
             refused = run(corpus, folder, *options)
-            assert "another run is writing into it" in str(refused.exception)
+            assert "another run is writing into it" in refused.output
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused = run(corpus, folder, "--part", "2/2")
-        assert "another run is writing into it" in str(refused.exception)
+        assert "another run is writing into it" in refused.output
 
 
 def test_a_file_system_without_locks_is_named(
@@ -143,7 +144,7 @@ def test_a_file_system_without_locks_is_named(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     result = run(corpus, tmp_path / "s")
-    assert "its file system cannot lock files (Operation not supported)" in str(result.exception)
+    assert "its file system cannot lock files (Operation not supported)" in result.output
 
 
 def test_the_same_part_twice_at_once_corrupts_nothing(
@@ -157,13 +158,13 @@ def test_the_same_part_twice_at_once_corrupts_nothing(
     assert run(corpus, tmp_path / "whole").exit_code == 0
     folder = tmp_path / "s"
     meet = threading.Barrier(2)
-    decode = build.decode
+    decode = track_module.decode
 
     def meeting(source, **options):  # both begin each signal together
         meet.wait(30)
         return decode(source, **options)
 
-    monkeypatch.setattr(build, "decode", meeting)
+    monkeypatch.setattr(track_module, "decode", meeting)
     config = FeatureConfig(sample_rate_hz=RATE_HZ, n_fft=512, hop_samples=128)
     found = find_corpus(corpus, sources=["a", "b"])
     plan = plan_shards(found, config, shard_bytes=1 << 20)
@@ -175,8 +176,10 @@ def test_the_same_part_twice_at_once_corrupts_nothing(
         teacher_folder=tiny_teacher,
         num_threads=None,
     )
+    stage = shards_stage(plan, settings)
     with ThreadPoolExecutor(2) as pool:
-        summaries = list(pool.map(lambda _: run_plan(plan, settings, part=(1, 1)), range(2)))
+        runs = [pool.submit(run_stage, stage, plan.tasks, is_part=True) for _ in range(2)]
+    summaries = [run.result() for run in runs]
     assert [summary.num_made for summary in summaries] == [6, 6]
     monkeypatch.undo()
     assert run(corpus, folder, "--finalise").exit_code == 0
@@ -193,9 +196,11 @@ def test_a_failed_track_is_tried_again_when_its_files_change(
     soundfile.write(bad, waveform, RATE_HZ, "FLOAT")
     folder = tmp_path / "s"
     tried = []
-    decode = build.decode
+    decode = track_module.decode
     monkeypatch.setattr(
-        build, "decode", lambda source, **options: tried.append(source) or decode(source, **options)
+        track_module,
+        "decode",
+        lambda source, **options: tried.append(source) or decode(source, **options),
     )
     first = run(corpus, folder, "--shard-size", "1G")
     assert first.exit_code == 1
@@ -238,7 +243,7 @@ def test_finalise_counts_tracks_that_failed_alone_in_their_shard(
     record = next(folder.glob("*.failed.json"))
     for text in ("{", json.dumps({"t0": 1}), "[]"):
         record.write_text(text)
-        assert f"{record}: not readable" in str(run(corpus, folder, "--finalise").exception)
+        assert f"{record}: not readable" in run(corpus, folder, "--finalise").output
         assert f"{record}: not readable" in run(corpus, folder).output
 
 

@@ -1,7 +1,7 @@
-"""Remember which tracks of a shard failed, and of what, beside the shard.
+"""Remember beside a shard which of its tracks were rejected, and why.
 
-A rerun need not try a track again whose files have not changed, and the index can be made without
-those who tried.
+With this record a later run skips those tracks while their files stay the same, and the index can
+be written by a job that has not tried the tracks itself.
 """
 
 import json
@@ -17,15 +17,15 @@ _SUFFIX = ".failed.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a track could not be stored, and the files that this was seen with."""
+class Rejection:
+    """Why a track could not be stored, and the `stamp_files` of that time."""
 
     reason: str
     stamps: tuple[tuple[int, int] | None, ...]
 
 
 def stamp_files(track: Track) -> tuple[tuple[int, int] | None, ...]:
-    """Return size and time of change (ns) of each file of a track, None for one that is missing."""
+    """Return size and modification time (ns) of each file of a track; None for a missing file."""
     signals = [*filter(None, [track.mixture]), *track.sources]
     stamps: list[tuple[int, int] | None] = []
     for path in dict.fromkeys(signal.path for signal in signals):
@@ -38,19 +38,19 @@ def stamp_files(track: Track) -> tuple[tuple[int, int] | None, ...]:
     return tuple(stamps)
 
 
-def read_failures(shard: Path) -> dict[str, Failure]:
-    """Return what failed when a shard was last made, by the track's name.
+def read_rejections(shard: Path) -> dict[str, Rejection]:
+    """Return the record of a shard by track name; empty if there is none.
 
     Raises
     ------
     MismatchError
-        If the record is there but not readable.
+        If the record is not readable.
     """
     path = shard.with_suffix(_SUFFIX)
     try:
         stored = json.loads(path.read_bytes())
         return {
-            name: Failure(str(reason), tuple(stamp and (stamp[0], stamp[1]) for stamp in stamps))
+            name: Rejection(str(reason), tuple(stamp and (stamp[0], stamp[1]) for stamp in stamps))
             for name, (reason, stamps) in stored.items()
         }
     except FileNotFoundError:
@@ -59,23 +59,22 @@ def read_failures(shard: Path) -> dict[str, Failure]:
         raise MismatchError(f"{path}: not readable ({error}); delete it and run again") from error
 
 
-def write_failures(shard: Path, failures: dict[str, Failure]) -> None:
-    """Replace the record of a shard; without failures there is none."""
+def write_rejections(shard: Path, rejections: dict[str, Rejection]) -> None:
+    """Replace the record of a shard, or delete it if no track is rejected."""
     path = shard.with_suffix(_SUFFIX)
-    if failures:
-        content = {name: [fail.reason, fail.stamps] for name, fail in sorted(failures.items())}
-        write_json(path, content)
+    if rejections:
+        write_json(path, {name: [r.reason, r.stamps] for name, r in sorted(rejections.items())})
     else:
         path.unlink(missing_ok=True)
 
 
-def still_failed(
-    tracks: Iterable[PlannedTrack], failures: dict[str, Failure]
-) -> list[tuple[str, Failure]]:
-    """Return the tracks that failed before and whose files have not changed since."""
-    return [
-        (planned.track.name, failures[planned.track.name])
+def still_rejected(
+    tracks: Iterable[PlannedTrack], rejections: dict[str, Rejection]
+) -> dict[str, Rejection]:
+    """Return the rejections of those tracks whose files have not changed since."""
+    return {
+        planned.track.name: rejections[planned.track.name]
         for planned in tracks
-        if planned.track.name in failures
-        and failures[planned.track.name].stamps == stamp_files(planned.track)
-    ]
+        if planned.track.name in rejections
+        and rejections[planned.track.name].stamps == stamp_files(planned.track)
+    }

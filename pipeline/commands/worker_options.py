@@ -1,7 +1,5 @@
-"""Options that decide where the work is done, and the workers that follow from them."""
+"""Options that decide where tasks run, and the workers that they lead to."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flsep.cache.memory import free_host_bytes
+from flsep.pipeline.commands.parameter_types import Pair, Setting
 from flsep.pipeline.commands.reporting import show_bytes
 from flsep.pipeline.config import WORKER_BYTES
 from flsep.pipeline.errors import SettingsError
@@ -22,38 +21,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Pair(click.ParamType):
-    """Two numbers such as 1:8 or 2/4, the separator being part of the type."""
-
-    def __init__(self, separator: str) -> None:
-        self.name = f"number{separator}number"
-        self._separator = separator
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        """Return both numbers."""
-        first, _, second = str(value).partition(self._separator)
-        if not (first.isdecimal() and second.isdecimal()):
-            self.fail(f"{value!r}: write two numbers, such as 1{self._separator}8", param, ctx)
-        return int(first), int(second)
-
-
-class _Setting(click.ParamType):
-    """A setting KEY=VALUE; the value is read as JSON where it is JSON, else as text."""
-
-    name = "setting"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
-        key, equals, text = str(value).partition("=")
-        if not key or not equals:
-            self.fail(f"{value!r}: write KEY=VALUE", param, ctx)
-        try:
-            return key.replace("-", "_"), json.loads(text)
-        except ValueError:
-            return key.replace("-", "_"), text
-
-
 def worker_options(command: Command) -> Command:
-    """Add the options that decide where the work is done."""
+    """Add the options that decide where tasks run."""
     options = [
         click.option(
             "--workers",
@@ -78,7 +47,7 @@ def worker_options(command: Command) -> Command:
         click.option(
             "--cluster-option",
             "cluster_settings",
-            type=_Setting(),
+            type=Setting(),
             multiple=True,
             metavar="KEY=VALUE",
             help="An argument of dask-jobqueue's cluster, such as queue=long, cores=2, "
@@ -97,29 +66,23 @@ def worker_options(command: Command) -> Command:
     return command
 
 
-def are_workers_chosen(options: dict[str, Any]) -> bool:
-    """Say whether any of `worker_options` was given."""
-    chosen = (options[name] for name in ("workers", "adapt", "cluster_settings", "scheduler"))
-    return options["cluster"] != "local" or any(value not in (None, ()) for value in chosen)
-
-
 def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | str | None":
-    """Return where to work: on a cluster to start, at a scheduler's address, or here (None).
+    """Return where to run tasks: a cluster to start, a scheduler's address, or None for here.
 
     Parameters
     ----------
     folder : Path
-        Of the shards.
+        Output folder, which all workers see.
     options : dict
         Values of `worker_options`.
 
     Raises
     ------
-    ValueError
-        If the options contradict each other, one of them is wrong, or this machine's memory
-        does not take so many workers.
+    SettingsError
+        If the options contradict each other, one of them is wrong, or this machine has not enough
+        memory for so many workers.
     """
-    from flsep.pipeline.execution.cluster import ClusterSettings
+    from flsep.pipeline.execution.cluster import ClusterSettings, count_cores
 
     workers, adapt, kind = options["workers"], options["adapt"], options["cluster"]
     given = dict(options["cluster_settings"])
@@ -137,18 +100,18 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
     if kind != "local" and not workers and not adapt:
         raise SettingsError(f"--cluster {kind}: give --workers N or --adapt MIN:MAX")
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
-    least, most = adapt or (workers, workers)
+        workers = count_cores()
+    min_workers, max_workers = adapt or (workers, workers)
     if kind == "local":
-        require_memory(most)
-    if not most:
+        require_memory(max_workers)
+    if not max_workers:
         if given:
             raise SettingsError("--cluster-option: has no effect with --workers 0")
         return None
     return ClusterSettings(
         kind=kind,
-        least=least,
-        most=most,
+        min_workers=min_workers,
+        max_workers=max_workers,
         options=given,
         worker_bytes=WORKER_BYTES,
         folder=folder,
@@ -157,7 +120,7 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
 
 @contextmanager
 def start_workers(workers: "ClusterSettings | str | None") -> Iterator[Any]:
-    """Start or join the workers and give what runs tasks on them; raises ValueError if it fails."""
+    """Start or join the workers, and yield the `Runner` that runs tasks on them."""
     from flsep.pipeline.execution.cluster import remote_client, start_cluster
     from flsep.pipeline.execution.runners import run_inline, run_on
     from flsep.pipeline.execution.waiting import WorkerWatch
@@ -173,20 +136,19 @@ def start_workers(workers: "ClusterSettings | str | None") -> Iterator[Any]:
 
 
 def describe_workers(workers: "ClusterSettings | str | None") -> None:
-    """Say what `start_workers` would start: for a batch system, the script of its jobs."""
+    """Print what `start_workers` would start: for a batch system, the script of its jobs."""
     from flsep.pipeline.execution.cluster import ClusterSettings, job_script
 
     if isinstance(workers, ClusterSettings):
-        bounds = {workers.least: f"{workers.most}"}.get(
-            workers.most, f"{workers.least} to {workers.most}"
-        )
-        click.echo(f"workers  {bounds}, {workers.kind}")
+        fewest, most = workers.min_workers, workers.max_workers
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        click.echo(f"workers  {number}, {workers.kind}")
         if workers.kind != "local":
             click.echo(f"\n{job_script(workers)}")
 
 
 def describe_client(client: Any) -> str:
-    """Name the workers, the scheduler and its dashboard."""
+    """Return the number of workers, the scheduler's address and its dashboard."""
     information = client.scheduler_info(n_workers=-1)
     place = f"{len(information['workers'])} at {client.scheduler.address}"
     has_dashboard = "dashboard" in information["services"]
@@ -194,7 +156,7 @@ def describe_client(client: Any) -> str:
 
 
 def require_memory(workers: int) -> None:
-    """Refuse more workers than the free memory of this machine or job takes."""
+    """Refuse more workers than fit into the free memory of this machine or job."""
     needed = max(workers, 1) * WORKER_BYTES
     available = free_host_bytes()
     if needed > available:
