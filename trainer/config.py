@@ -29,10 +29,11 @@ class Section:
             value = getattr(self, name)
             if kind is float and type(value) is int:
                 value = float(value)
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value)  # the section is frozen
             if get_origin(kind) is Literal:
                 fits = value in get_args(kind)
             else:
+                # Not isinstance: True is an int, and no number of epochs.
                 fits = type(value) is kind and (kind is not float or math.isfinite(value))
             self.require(name, fits, describe_type(kind))
 
@@ -281,6 +282,7 @@ class TrainConfig:
             raise ConfigError(
                 f"stored configuration: no separator or approach ({error})"
             ) from error
+        # The annotations name the base classes; the chosen separator and approach say which they are.
         kinds = {entry.name: entry.type for entry in fields(cls)}
         kinds |= {
             "separator": separator.Config,

@@ -31,6 +31,7 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
     for setting in settings:
         section, name, text = split_setting(setting)
         texts.setdefault(section, {})[name] = text
+    # Another separator or approach replaces its section, so that it has to come first.
     for section, choose in (
         ("separator", TrainConfig.with_separator),
         ("approach", TrainConfig.with_approach),
@@ -48,7 +49,7 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
 
 def _change_section(section: Section, changes: Mapping[str, str]) -> Section:
     kinds = type_hints(type(section))
-    kinds.pop("name", None)
+    kinds.pop("name", None)  # the name has chosen the section already
     values = {}
     for name, text in changes.items():
         setting = f"{section.section}.{name}={text}"

@@ -132,10 +132,11 @@ def test_anything_else_is_a_bug(fail: Fail, kind: type[Exception]) -> None:
 
 PRECOMPUTE = """
 import sys
-from flsep.pipeline import cli as module
+from flsep.pipeline import cli
+from flsep.pipeline.commands import verify as module
 PLANT
 sys.argv = ["flsep-precompute", "inspect", *sys.argv[1:]]
-module.main()
+cli.main()
 """
 TRAIN = """
 import sys

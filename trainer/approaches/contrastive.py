@@ -97,7 +97,7 @@ def contrastive_loss(
         Share of latents whose own window scores highest, scalar without gradient; 0 with fewer
         than two windows.
     """
-    if len(projected_ME) < 2:
+    if len(projected_ME) < 2:  # nothing to compare; the zero keeps the graph connected
         return projected_ME.sum() * 0.0, projected_ME.new_zeros(())
     teacher_ME = F.normalize(embeddings_ME, dim=-1, eps=COSINE_EPSILON)
     own_MM = torch.eye(len(teacher_ME), dtype=torch.bool, device=teacher_ME.device)

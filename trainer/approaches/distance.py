@@ -50,7 +50,7 @@ def distance_loss(latents_MD: Tensor, embeddings_ME: Tensor) -> Tensor:
         fewer than two windows.
     """
     num_windows = len(latents_MD)
-    if num_windows < 2:
+    if num_windows < 2:  # nothing to compare; the zero keeps the graph connected
         return latents_MD.sum() * 0.0
     latents_MD = F.normalize(latents_MD, dim=-1, eps=COSINE_EPSILON)
     embeddings_ME = F.normalize(embeddings_ME, dim=-1, eps=COSINE_EPSILON)

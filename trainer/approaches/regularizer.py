@@ -90,11 +90,12 @@ class Regularizer(Approach):
         name = self.needs(self.config).latent
         assert name is not None
         latent = latents[name]
+        # Similarities of bfloat16 vectors would be too coarse to compare.
         with torch.autocast(latent.device.type, enabled=False):
             pooled = pool_windows(latent.float(), windows.bounds)
             compared = windows.inside & (windows.activity_db >= self.config.silence_db)
             latents_MD, embeddings_ME = pooled[compared], windows.embeddings[compared].float()
-            if self.training:
+            if self.training:  # in validation each process has batches of its own
                 latents_MD, embeddings_ME = gather_rows(latents_MD), gather_rows(embeddings_ME)
             num_windows = torch.tensor(float(len(latents_MD)), device=latent.device)
             return {**self.compare(latents_MD, embeddings_ME), "num_windows": num_windows}
@@ -122,6 +123,7 @@ def pool_windows(latent_NBD: Tensor, bounds: Tensor) -> Tensor:
         float [..., batch, window, latent]; zero for a window that holds no frame of the latent.
     """
     frames_N = torch.arange(latent_NBD.shape[-3], device=latent_NBD.device)
+    # Each window's frames as a row of weights that add up to 1.
     held_BWN = (frames_N >= bounds[..., :1]) & (frames_N < bounds[..., 1:])
     shares_BWN = held_BWN / held_BWN.sum(-1, keepdim=True).clamp_min(1)
     return torch.einsum("...nbd,...bwn->...bwd", latent_NBD, shares_BWN.to(latent_NBD.dtype))

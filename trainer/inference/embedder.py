@@ -91,6 +91,7 @@ def embed_blocks(
     ndarray
         Embedding of every window that lies inside the waveform, float32 [window, dim].
     """
+    # So many samples hold the first windows; the next ones begin `step` samples later.
     step = _WINDOWS_AT_A_TIME * hop_samples
     enough = step - hop_samples + window_samples
     embeddings = []

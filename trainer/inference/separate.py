@@ -112,6 +112,7 @@ class TrackSeparator:
                 "embeddings to separate; there are none (audio shorter than a teacher window?)"
             )
         step = self._chunk - self._overlap
+        # 0 in the first quarter of the overlap, 1 in the last, linear in between.
         fade = np.clip(np.linspace(-0.5, 1.5, self._overlap, dtype=np.float32), 0, 1)
         tail: NDArray[np.float32] | None = None
         start = 0
@@ -155,6 +156,7 @@ class TrackSeparator:
         mixture_NBCF = analyse(
             waveform_BCT.to(self._device), self.layout.n_fft, self.layout.hop_samples
         )
+        # Embeddings belong to the whole waveform: find those of this chunk's frames.
         windows = None
         if self.needs_teacher and embeddings is not None:
             windows = self._hold(embeddings, start // self.layout.hop_samples, len(mixture_NBCF))

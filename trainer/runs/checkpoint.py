@@ -200,6 +200,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     """Load weights into a model; raises CheckpointError unless names and shapes agree."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
+    # torch's own message would list all names at once, over many lines.
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

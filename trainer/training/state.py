@@ -118,6 +118,7 @@ class Training:
             report=report,
             mixes=mixes,
         )
+        # After the data, whose loading may fail: building the model seeds torch.
         self.model = build_model(config, shards.layout, shards.index.statistics).to(device)
         self.optimizer = Optimizer(self.model, config.optim)
         if config.compute.compile:
