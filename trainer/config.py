@@ -282,7 +282,7 @@ class TrainConfig:
             raise ConfigError(
                 f"stored configuration: no separator or approach ({error})"
             ) from error
-        # The annotations name the base classes; the chosen separator and approach say which they are.
+        # Annotations name base classes; the chosen separator and approach have the real ones.
         kinds = {entry.name: entry.type for entry in fields(cls)}
         kinds |= {
             "separator": separator.Config,
