@@ -41,12 +41,8 @@ def draw_excerpts(
 
     Parameters
     ----------
-    grid : Grid
-        Length and possible starts of the excerpts.
     tracks : sequence of TrackRecord
         Tracks of the training split that can hold an excerpt.
-    config : DataConfig
-        Mixing, number of excerpts, gain, swap.
     seed : int
         Seed of the excerpts, unless they are rendered.
     rendered : RenderedMixes, optional
@@ -112,18 +108,7 @@ class OriginalExcerpts:
     The channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs to
     the unchanged mixture.
 
-    Parameters
-    ----------
-    grid : Grid
-        Length and possible starts of the excerpts.
-    tracks : sequence of TrackRecord
-        Tracks that can hold an excerpt.
-    excerpts_per_track : int
-        Number of excerpts of each track in an epoch.
-    swap_probability : float
-        Probability that the channels are reversed.
-    seed : int
-        Decides an excerpt, together with the epoch and the index.
+    `tracks` are those that can hold an excerpt.
     """
 
     def __init__(
@@ -198,14 +183,7 @@ class ConsecutiveExcerpts:
 class BatchesOfRank:
     """Excerpts of the whole batches that one rank validates on; the ranks take turns.
 
-    Parameters
-    ----------
-    excerpts : Excerpts
-        The excerpts of all ranks.
-    batch_size : int
-        Excerpts in a batch.
-    part : Part
-        The rank, and how many there are.
+    `excerpts` are those of all ranks.
     """
 
     def __init__(self, excerpts: Excerpts, batch_size: int, part: Part) -> None:

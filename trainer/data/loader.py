@@ -55,12 +55,8 @@ def load_batches(
 
     Parameters
     ----------
-    reader : Reader
-        Reads the excerpts.
     excerpts : Excerpts
         The excerpts of all ranks.
-    epoch : int
-        Number of the epoch.
     batch_size : int
         Excerpts in a batch; the last batch of an epoch may have fewer (see `smallest_batch`).
     num_workers : int

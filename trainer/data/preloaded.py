@@ -42,16 +42,12 @@ class PreloadedShards:
 
     Parameters
     ----------
-    shards : Shards
-        The shards to load; they compare digests as they are read.
     wanted : iterable of (TrackRecord, range)
         Tracks and their signals to load; see `wanted_signals`.
     device : torch.device
         Device to load the spectra to.
     teacher_signal : {'mixture', 'stems'} or None
         Signal whose embeddings to load.
-    num_threads : int
-        Threads that load.
     report : callable, optional
         Called with the number of bytes loaded so far, and of all.
     reserve_bytes : int, optional
@@ -89,6 +85,7 @@ class PreloadedShards:
         self.folder, self.index, self.layout = shards.folder, shards.index, shards.layout
         self._teacher_signal = teacher_signal
         pairs = [(track, signal) for track, signals in wanted for signal in signals]
+        # Signals lie one after another in one tensor, so that one gather finds all excerpts.
         self._first_frames: dict[tuple[str, int, int], int] = {}
         num_frames = 0
         for track, signal in pairs:

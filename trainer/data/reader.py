@@ -29,10 +29,6 @@ class Reader:
 
     Parameters
     ----------
-    shards : Shards or PreloadedShards
-        The data, mapped or loaded.
-    grid : Grid
-        Length and starts of the excerpts.
     teacher_signal : {'mixture', 'stems'} or None
         Signal whose embeddings are read; None for no embeddings.
 
@@ -67,15 +63,8 @@ class Reader:
     ) -> Batch:
         """Make a batch for these excerpts, which `fill` fills one excerpt at a time.
 
-        Parameters
-        ----------
-        draws : sequence of Draw
-            The excerpts.
-        pin : bool
-            Whether the batch goes to a GPU.
-        num_in_all : int, optional
-            Number of excerpts in the batches of all ranks together; as many as `draws` if not
-            given.
+        With `pin`, the batch goes to a GPU. `num_in_all` is the number of excerpts in the batches
+        of all ranks together, by default that of `draws`.
         """
         preloaded = self._find_preloaded(pin)
         is_mixed = draws[0].gains is not None
@@ -150,7 +139,7 @@ class Reader:
         num_frames = self.grid.num_frames
         starts = batch.starts.numpy()
         for row in range(len(starts)):
-            signal = row if draw.gains is None else 1 + row
+            signal = row if draw.gains is None else 1 + row  # 0 is the mixture
             track, window = draw.places[row if len(draw.places) > 1 else 0]
             start = self.layout.window_frames(window)[0]
             if batch.preloaded_frames is not None:
@@ -173,6 +162,7 @@ class Reader:
         else:
             num_windows = track.num_windows
             self._fill_track_windows(windows, (slot,), track, first, 0)
+        # Frames before the first or after the last window of the excerpt hold the nearest one.
         start = self.layout.window_frames(first)[0]
         frames = np.arange(start, start + self.grid.num_frames)
         held = held_windows(self.layout, frames, num_windows) - first
@@ -225,6 +215,7 @@ class Reader:
         windows.activity_db.numpy()[entry][:count] = activity_db
         bounds = self.grid.bounds(first)
         windows.bounds.numpy()[entry] = bounds
+        # A window counts if it ends in the excerpt and the teacher heard it.
         inside = bounds[:, 1] <= self.grid.num_frames
         inside[count:] = False
         windows.inside.numpy()[entry] = inside

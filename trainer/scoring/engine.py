@@ -26,18 +26,8 @@ class FailedTrack(NamedTuple):
 class TrackJob:
     """One track to score; the process that scores the track loads its audio.
 
-    Attributes
-    ----------
-    name : str
-        Name of the track, with any characters.
-    sources : tuple of str
-        Names of the sources, in the order of the arrays.
-    sample_rate_hz : int
-        Sample rate of references and estimates.
-    fingerprint : str
-        Identifies references and estimates: a stored result with another one is replaced.
-    load : callable
-        Returns references and estimates; must be picklable.
+    `fingerprint` identifies references and estimates: a stored result with another one is
+    replaced. `load` must be picklable; `sources` names the sources in the order of its arrays.
     """
 
     name: str
@@ -89,8 +79,6 @@ class Engine(ABC):
             float32 [source, sample, channel], full scale 1, of one shape.
         sources : sequence of str
             Names of the sources, in the order of the arrays.
-        sample_rate_hz : int
-            Sample rate of both.
         name : str
             Name of the track, for messages.
 

@@ -40,18 +40,10 @@ class Estimator(ABC):
         mixture: NDArray[np.float32],
         references: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Return the estimates, float32 [source, sample, channel].
+        """Return the estimates of a mixture, float32 [source, sample, channel].
 
-        Parameters
-        ----------
-        shards : Shards
-            The shards that hold the track.
-        track : TrackRecord
-            The track.
-        mixture : ndarray
-            float32 [sample, channel].
-        references : ndarray
-            float32 [source, sample, channel].
+        `mixture`, float32 [sample, channel], and `references`, in the estimates' shape, are the
+        track's audio in the shards.
         """
 
 

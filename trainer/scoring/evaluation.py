@@ -61,18 +61,8 @@ def evaluate(
 
     Parameters
     ----------
-    estimator : Estimator
-        Makes the estimates.
-    shards : Shards
-        The shards with the tracks' audio.
-    folder : Path
-        Folder of the evaluation.
-    split : {'train', 'valid', 'test'}
-        Which tracks.
     num_workers : int or None
         Number of processes; None starts as many as cores and memory allow.
-    progress : bool
-        Show a progress bar.
     description : dict
         Further entries of ``evaluation.json``, about the estimator.
     engine : str
@@ -121,6 +111,7 @@ def evaluate(
     done, failed = score_tracks(
         jobs, scores, engine=engine, num_workers=num_workers, progress=progress
     )
+    # Scores of tracks that failed, or are no longer in the split.
     for stale in set(scores.glob("*.json")) - set(done):
         stale.unlink()
     write_json(
@@ -166,18 +157,9 @@ def _choose_num_workers(engine: Engine, layout: Layout, tracks: Sequence[TrackRe
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A finished evaluation.
+    """A finished evaluation: ``evaluation.json`` as `summary`, and its folder.
 
-    Attributes
-    ----------
-    label : str
-        The folder as the user named it.
-    name : str or None
-        Name that the user gave to the evaluation's row in a comparison.
-    folder : Path
-        Folder of ``evaluation.json`` and ``scores/``.
-    summary : dict
-        What ``evaluation.json`` holds.
+    `label` is the folder as the user named it, `name` the user's name for its row in a comparison.
     """
 
     label: str
@@ -189,19 +171,8 @@ class Evaluated:
 def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Evaluated:
     """Read what ``evaluation.json`` says.
 
-    Parameters
-    ----------
-    folder : Path
-        A run folder, or the folder given to ``--floor`` or ``--oracle``.
-    kind : {'run', 'floor', 'oracle'}
-        The kind of estimator that is expected.
-    name : str, optional
-        Name of the row in a comparison.
-
-    Raises
-    ------
-    EvaluationError
-        If there is no evaluation of that kind.
+    `folder` is a run folder, or the folder given to ``--floor`` or ``--oracle``; `kind` the kind of
+    estimator that is expected there. Raises EvaluationError if there is no such evaluation.
     """
     place = Run(folder).evaluation if kind == "run" else folder
     path = place / "evaluation.json"

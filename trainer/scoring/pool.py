@@ -72,12 +72,8 @@ def score_tracks(
         Tracks with different names.
     folder : Path
         Folder of the JSON files, made if needed.
-    engine : str
-        Name of the scoring engine.
     num_workers : int
         Number of processes at a time; 0 scores in this process.
-    progress : bool
-        Show a progress bar on stderr.
 
     Returns
     -------

@@ -115,20 +115,6 @@ def compare_scores(
     that figure over its seeds. The mean of medians is taken over sources within each run, before
     the seeds.
 
-    Parameters
-    ----------
-    runs : sequence of Scores
-        Runs of one approach differ by seed and make one row.
-    floor : Scores
-        The mixture as the estimate of every source.
-    oracle : Scores, optional
-        The ideal ratio mask.
-
-    Returns
-    -------
-    Comparison
-        Rows in the order given.
-
     Raises
     ------
     ComparisonError
@@ -144,10 +130,12 @@ def compare_scores(
     require_comparable(members, loaded)
     common = find_common_frames(members, loaded)
 
+    # `loaded` is flat, in the order of the rows: hand each row its share.
     remaining = iter(loaded)
     entries = [
         _make_entry(kind, group, [next(remaining) for _ in group], common) for kind, group in rows
     ]
+    # All sources of a track have the same number of frames: count those of the first.
     of_tracks = next(iter(common.values()))
     return Comparison(
         tracks=tuple(of_tracks),
@@ -212,6 +200,7 @@ def _spread(figures: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, dict
     """Gather the runs of a row: source -> metric -> figure over seeds."""
     spreads: dict[str, dict[str, Spread]] = {}
     for source in figures[0]:
+        # [metric, run]
         per_metric = np.stack([run[source] for run in figures], axis=1)
         spreads[source] = {
             metric: Spread(
@@ -228,6 +217,7 @@ def _spread(figures: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, dict
 def _add_differences(entries: Sequence[Entry]) -> list[Entry]:
     """Add each row's difference to the floor, which comes first, and to the baseline."""
     floor, *others = entries
+    # The user may have named the baseline's row otherwise; then there is none.
     baseline = next(
         (entry for entry in others if entry.kind == "run" and entry.approach == BASELINE), None
     )

@@ -36,6 +36,7 @@ def compare_evaluations(
     scores = []
     for run in runs:
         row = run.name or _name_row(run, with_mixing=len(mixings) > 1)
+        # Each run is compared with the first one of its row.
         _require_alike(rows.setdefault(row, run), run, row)
         scores.append(_locate_scores(run, row, run.summary["config"]["fit"]["seed"]))
     return compare_scores(

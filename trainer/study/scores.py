@@ -31,18 +31,10 @@ CommonFrames = Mapping[str, Mapping[str, NDArray[np.bool_]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """One scored run: a folder with one museval JSON a track.
+    """One scored run: a folder with one JSON a track, as `score_tracks` or museval writes it.
 
-    Attributes
-    ----------
-    label : str
-        The run's own name, for messages.
-    approach : str
-        Row of the run; runs of one approach differ by seed.
-    seed : int or None
-        None for floor and oracle.
-    folder : Path
-        As `flsep.trainer.scoring.pool.score_tracks` or museval writes it.
+    `label` is the run's own name, for messages. Runs of one `approach` make one row and differ by
+    `seed`, which is None for floor and oracle.
     """
 
     label: str
@@ -52,13 +44,7 @@ class Scores:
 
 
 def read_scores(scores: Scores) -> RunScores:
-    """Read every track of a run.
-
-    Raises
-    ------
-    ComparisonError
-        If there is no track, a file is not a museval result, or a track comes twice.
-    """
+    """Read every track of a run; raises ComparisonError for files that are no scores."""
     paths = sorted(scores.folder.glob("*.json"))
     if not paths:
         raise ComparisonError(
@@ -102,21 +88,12 @@ def _make_table(frames: list[Any]) -> NDArray[np.float64]:
 
 
 def require_comparable(members: Sequence[Scores], runs: Sequence[RunScores]) -> None:
-    """Refuse runs that differ in tracks, sources or frames.
+    """Raise ComparisonError if runs differ in tracks, sources or frames.
 
-    Parameters
-    ----------
-    members : sequence of Scores
-        Names the runs in messages.
-    runs : sequence of RunScores
-        The scores of each member.
-
-    Raises
-    ------
-    ComparisonError
-        If the runs differ; the message names the first difference.
+    `members` names the runs in messages, in the order of `runs`.
     """
     tracks = sorted(set().union(*runs))
+    # Tracks first: what follows looks up every track in every run.
     for member, run in zip(members, runs, strict=True):
         if missing := [track for track in tracks if track not in run]:
             raise ComparisonError(
@@ -147,16 +124,12 @@ def _count_frames(track: TrackScores) -> int:
 
 
 def find_common_frames(members: Sequence[Scores], runs: Sequence[RunScores]) -> CommonFrames:
-    """Return the frames that all runs scored, sources in the order of the first run.
+    """Return the frames that all runs scored; raises ComparisonError if a source has none.
 
-    The parameters are those of `require_comparable`.
-
-    Raises
-    ------
-    ComparisonError
-        If a source has no such frame; the message names the run with the fewest scored frames.
+    Tracks are sorted, sources in the order of the first run.
     """
     tracks = sorted(runs[0])
+    # A frame counts if all of its metrics (axis 0) are finite in all runs.
     common = {
         source: {
             track: np.all([np.isfinite(run[track][source]).all(0) for run in runs], axis=0)
@@ -166,6 +139,7 @@ def find_common_frames(members: Sequence[Scores], runs: Sequence[RunScores]) -> 
     }
     for source, frames in common.items():
         if not any(of_track.any() for of_track in frames.values()):
+            # Name the run to leave out: the one with the fewest scored frames.
             labels = [member.label for member in members]
             fewest, label = min(zip(map(count_scored_frames, runs), labels, strict=True))
             raise ComparisonError(
