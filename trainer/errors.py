@@ -8,7 +8,7 @@ class DataError(FlsepError):
 
 
 class ScoringError(FlsepError):
-    """A track, or the machine, with which museval cannot work."""
+    """A track that cannot be scored, or an engine that does not work on this machine."""
 
 
 class EvaluationError(FlsepError):

@@ -30,8 +30,32 @@ _TIMEOUT = timedelta(minutes=30)
 _groups: list[Any] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the processes that train together.
+
+    Attributes
+    ----------
+    number, world_size : int
+        Number of this process, from 0, and number of processes.
+    """
+
+    number: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.world_size:
+            raise ValueError(f"rank is {self.number}; expected one in [0, {self.world_size})")
+
+    def share(self, indices: range) -> range:
+        """Return this rank's consecutive share of indices; the first ranks may have one more."""
+        size, num_larger = divmod(len(indices), self.world_size)
+        start = self.number * size + min(self.number, num_larger)
+        return indices[start : start + size + (self.number < num_larger)]
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[Part]:
+def joined(device: torch.device) -> Iterator[Rank]:
     """Join the processes that `torchrun` has started, if it has.
 
     Parameters
@@ -41,8 +65,8 @@ def joined(device: torch.device) -> Iterator[Part]:
 
     Yields
     ------
-    Part
-        The part of this process.
+    Rank
+        The rank of this process.
 
     Raises
     ------
@@ -50,12 +74,12 @@ def joined(device: torch.device) -> Iterator[Part]:
         If another process has ended.
     """
     if not (dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
-        yield Part()
+        yield Rank()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     _groups.append(dist.group.WORLD)
     try:
-        yield Part(dist.get_rank(), dist.get_world_size())
+        yield Rank(dist.get_rank(), dist.get_world_size())
     except (dist.DistError, RuntimeError) as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost:
@@ -189,27 +213,3 @@ class BatchNorm(nn.BatchNorm1d):
             scale_X = (variance_X + self.eps).rsqrt() * gain_X
             output_MX: Tensor = centred_MX * scale_X + shift_X
             return output_MX.to(rows_MX.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The part of each batch that a process has when several train together.
-
-    Attributes
-    ----------
-    rank, num_ranks : int
-        Number of the process, from 0, and number of processes.
-    """
-
-    rank: int = 0
-    num_ranks: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.num_ranks:
-            raise ValueError(f"rank is {self.rank}; expected one in [0, {self.num_ranks})")
-
-    def share(self, indices: range) -> range:
-        """Return the consecutive indices of this part; the first parts may have one more."""
-        size, num_larger = divmod(len(indices), self.num_ranks)
-        start = self.rank * size + min(self.rank, num_larger)
-        return indices[start : start + size + (self.rank < num_larger)]

@@ -18,7 +18,7 @@ import flsep.cache
 import flsep.trainer.config
 from flsep.cache import Shards
 from flsep.trainer.config import TrainConfig, list_differences
-from flsep.trainer.parallel import BatchNorm, Part, count_ranks, gather_objects, gather_rows, joined
+from flsep.trainer.parallel import BatchNorm, Rank, count_ranks, gather_objects, gather_rows, joined
 from flsep.trainer.runs.checkpoint import load_checkpoint
 from flsep.trainer.runs.folder import Run
 from flsep.trainer.training.loop import fit
@@ -45,10 +45,10 @@ from flsep.trainer.training.loop import fit
 from flsep.trainer.training.state import Training
 shards, runs, configs = sys.argv[1:]
 cpu = torch.device("cpu")
-with joined(cpu) as part:
+with joined(cpu) as rank:
     for name, values in json.loads(Path(configs).read_text()).items():
         training = Training(
-            TrainConfig.from_json(values), Shards(shards), device=cpu, num_workers=1, part=part
+            TrainConfig.from_json(values), Shards(shards), device=cpu, num_workers=1, rank=rank
         )
         fit(training, Run(Path(runs) / name), report=lambda line: None)
 """
@@ -215,8 +215,8 @@ def test_too_small_a_last_batch_is_refused(
 
 
 def test_alone_nothing_is_shared() -> None:
-    with joined(torch.device("cpu")) as part:
-        assert part == Part(0, 1)
+    with joined(torch.device("cpu")) as rank:
+        assert rank == Rank(0, 1)
     assert count_ranks() == 1
     assert gather_objects("a") == ["a"]
     rows = torch.ones(2, 3, requires_grad=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from flsep.cache import Draw, Grid, RandomMixes, RenderedMixes, TrackRecord
 from flsep.trainer.config import DataConfig
 from flsep.trainer.errors import DataError
-from flsep.trainer.parallel import Part
+from flsep.trainer.parallel import Rank
 
 
 def smallest_batch(num_excerpts: int, batch_size: int) -> int:
@@ -186,18 +186,18 @@ class BatchesOfRank:
     `excerpts` are those of all ranks.
     """
 
-    def __init__(self, excerpts: Excerpts, batch_size: int, part: Part) -> None:
-        self._excerpts, self._batch_size, self._part = excerpts, batch_size, part
+    def __init__(self, excerpts: Excerpts, batch_size: int, rank: Rank) -> None:
+        self._excerpts, self._batch_size, self._rank = excerpts, batch_size, rank
 
     def __len__(self) -> int:
         # The last batch, of `rest` excerpts, belongs to the rank whose turn it is.
         num_batches, rest = divmod(len(self._excerpts), self._batch_size)
-        own = len(range(self._part.rank, num_batches, self._part.num_ranks)) * self._batch_size
-        has_rest = num_batches % self._part.num_ranks == self._part.rank
+        own = len(range(self._rank.number, num_batches, self._rank.world_size)) * self._batch_size
+        has_rest = num_batches % self._rank.world_size == self._rank.number
         return own + rest * has_rest
 
     def draw(self, epoch: int, index: int) -> Draw:
         """Return one excerpt of this rank's batches."""
         batch, place = divmod(index, self._batch_size)
-        batch = batch * self._part.num_ranks + self._part.rank
+        batch = batch * self._rank.world_size + self._rank.number
         return self._excerpts.draw(epoch, batch * self._batch_size + place)

@@ -10,7 +10,7 @@ from flsep.cache import Draw
 from flsep.trainer.data.batch import Batch
 from flsep.trainer.data.excerpts import Excerpts
 from flsep.trainer.data.reader import Reader
-from flsep.trainer.parallel import Part
+from flsep.trainer.parallel import Rank
 
 _BATCHES_AHEAD = 2
 
@@ -44,7 +44,7 @@ def load_batches(
     batch_size: int,
     num_workers: int,
     first: int = 0,
-    part: Part = Part(),  # noqa: B008 - immutable
+    rank: Rank = Rank(),  # noqa: B008 - immutable
     device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
     """Read the batches of an epoch in order, a few ahead of their use.
@@ -63,7 +63,7 @@ def load_batches(
         Threads that read ahead; 0 reads a batch when it is asked for. The batches are the same.
     first : int
         Number of the first batch to read.
-    part : Part
+    rank : Rank
         The rank whose share of each batch to read; a batch with an empty share is left out.
     device : torch.device, optional
         Device that the batches go to; they stay in main memory if not given.
@@ -78,7 +78,7 @@ def load_batches(
     def plan() -> Iterator[tuple[Batch, list[Draw]]]:
         for number in range(first, -(-len(excerpts) // batch_size)):
             whole = range(number * batch_size, min((number + 1) * batch_size, len(excerpts)))
-            draws = [excerpts.draw(epoch, index) for index in part.share(whole)]
+            draws = [excerpts.draw(epoch, index) for index in rank.share(whole)]
             if draws:
                 pin = transfer is not None
                 yield reader.allocate(draws, pin=pin, num_in_all=len(whole)), draws

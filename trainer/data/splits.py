@@ -18,7 +18,7 @@ from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.preloaded import PreloadedShards, wanted_signals
 from flsep.trainer.data.reader import Reader
 from flsep.trainer.errors import DataError
-from flsep.trainer.parallel import Part, count_local_ranks
+from flsep.trainer.parallel import Rank, count_local_ranks
 
 
 class Splits:
@@ -34,7 +34,7 @@ class Splits:
         Signal whose embeddings the batches hold.
     compares_windows : bool
         Whether an excerpt is of no use unless it holds a whole teacher window.
-    device, num_workers, part, resident, report, mixes
+    device, num_workers, rank, resident, report, mixes
         See `flsep.trainer.training.state.Training`.
 
     Attributes
@@ -65,14 +65,14 @@ class Splits:
         compares_windows: bool,
         device: torch.device,
         num_workers: int,
-        part: Part,
+        rank: Rank,
         resident: str | None,
         report: Callable[[int, int], None] | None,
         mixes: Mixes | None,
     ) -> None:
         data = config.data
         self._batch_size = data.batch_size
-        self._device, self._num_workers, self._part = device, num_workers, part
+        self._device, self._num_workers, self._rank = device, num_workers, rank
         shards.check_files("train", "valid")
         grid = self.grid = Grid(shards.layout, data.excerpt_seconds)
         if compares_windows and not grid.num_whole_windows:
@@ -110,10 +110,10 @@ class Splits:
 
     def _check_parts(self) -> None:
         smallest = smallest_batch(len(self.train_excerpts), self._batch_size)
-        if smallest < self._part.num_ranks:
+        if smallest < self._rank.world_size:
             raise DataError(
                 f"the last batch of an epoch has {smallest} of its {len(self.train_excerpts)} "
-                f"excerpts, too few for {self._part.num_ranks} processes: use --set "
+                f"excerpts, too few for {self._rank.world_size} processes: use --set "
                 "data.batch_size=... or --set data.excerpts_per_track=..., or fewer processes"
             )
 
@@ -125,19 +125,19 @@ class Splits:
     @property
     def num_valid_rounds(self) -> int:
         """Batches of the process that validates on most."""
-        return -(-len(self.valid_excerpts) // (self._batch_size * self._part.num_ranks))
+        return -(-len(self.valid_excerpts) // (self._batch_size * self._rank.world_size))
 
     def train_batches(self, epoch: int, first: int = 0) -> Generator[Batch, None, None]:
         """Read this process's part of the batches of an epoch, from the `first` one on."""
-        return self._load(self.train_excerpts, epoch, first, self._part)
+        return self._load(self.train_excerpts, epoch, first, self._rank)
 
     def valid_batches(self) -> Generator[Batch, None, None]:
         """Read the validation batches of this process, whole ones: no step makes others wait."""
-        own = BatchesOfRank(self.valid_excerpts, self._batch_size, self._part)
-        return self._load(own, 0, 0, Part())
+        own = BatchesOfRank(self.valid_excerpts, self._batch_size, self._rank)
+        return self._load(own, 0, 0, Rank())
 
     def _load(
-        self, excerpts: Excerpts, epoch: int, first: int, part: Part
+        self, excerpts: Excerpts, epoch: int, first: int, rank: Rank
     ) -> Generator[Batch, None, None]:
         return load_batches(
             self.reader,
@@ -146,6 +146,6 @@ class Splits:
             batch_size=self._batch_size,
             num_workers=self._num_workers,
             first=first,
-            part=part,
+            rank=rank,
             device=self._device,
         )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flsep.cache import Mixes, Shards
 from flsep.trainer.config import TrainConfig, list_differences
 from flsep.trainer.errors import RunError
-from flsep.trainer.parallel import Part, joined, local_rank, wait_for_all
+from flsep.trainer.parallel import Rank, joined, local_rank, wait_for_all
 from flsep.trainer.recipes import resolve_config
 from flsep.trainer.runs.checkpoint import Checkpoint, load_checkpoint
 from flsep.trainer.runs.folder import Run, describe_environment
@@ -85,14 +85,14 @@ def launch(request: FitRequest) -> int:
     else:
         keep_freed_memory()
     folder = Run(request.run)
-    with joined(device) as part:
-        report = click.echo if part.rank == 0 else _say_nothing
+    with joined(device) as rank:
+        report = click.echo if rank.number == 0 else _say_nothing
         checkpoint = None
         if request.resume and folder.last.exists():
             checkpoint = load_checkpoint(folder.last)
-        training = _build_training(request, checkpoint, device, part)
+        training = _build_training(request, checkpoint, device, rank)
         wait_for_all()  # the first process may only write once all have read the folder
-        if part.rank == 0:
+        if rank.number == 0:
             _prepare_folder(folder, training, request)
         for line in describe_training(training):
             report(line)
@@ -110,7 +110,7 @@ def launch(request: FitRequest) -> int:
                 seconds_between_saves=request.seconds_between_saves,
             )
         except Stopped as stopped:
-            if part.rank == 0:
+            if rank.number == 0:
                 click.echo(_explain_stop(stopped, request), err=True)
             return 128 + stopped.number
         position = training.position
@@ -126,7 +126,7 @@ def _say_nothing(line: str) -> None:
 
 
 def _build_training(
-    request: FitRequest, checkpoint: Checkpoint | None, device: torch.device, part: Part
+    request: FitRequest, checkpoint: Checkpoint | None, device: torch.device, rank: Rank
 ) -> Training:
     """Build a new training, or the one that a checkpoint belongs to."""
     if checkpoint is None:
@@ -137,13 +137,13 @@ def _build_training(
         else:
             wanted = resolve_config(request.recipe, request.settings)
         config = resume_config(checkpoint.config, wanted, request.run)
-    with _loading_bar(shown=part.rank == 0 and request.resident is not None) as loaded:
+    with _loading_bar(shown=rank.number == 0 and request.resident is not None) as loaded:
         training = Training(
             config,
             Shards(request.shards, verify=request.verify),
             device=device,
             num_workers=request.num_workers,
-            part=part,
+            rank=rank,
             resident=request.resident,
             report=loaded,
             mixes=Mixes(request.mixes) if request.mixes else None,

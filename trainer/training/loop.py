@@ -80,7 +80,7 @@ def fit(
         If the run folder cannot be written.
     """
     stop, device = StopRequest(), training.device
-    is_first = training.part.rank == 0
+    is_first = training.rank.number == 0
     epoch_size = len(training.splits.train_excerpts)
     saved = time.monotonic()
 
@@ -212,7 +212,7 @@ def train_batch(
         # It then divides by the number of processes. The separation loss is a mean over this
         # process's share of the batch; the regularizer compares the windows of all processes and
         # is the same in each, so it needs no factor.
-        separation = share_of_batch * training.part.num_ranks * terms["separation"]
+        separation = share_of_batch * training.rank.world_size * terms["separation"]
         regularizer = terms["total"] - terms["separation"]
         (share_of_step * (separation + regularizer)).backward()
 

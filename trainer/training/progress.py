@@ -40,7 +40,7 @@ def describe_training(training: Training) -> Iterator[str]:
             f"teacher    {layout.teacher}: {layout.embedding_size} features, windows of "
             f"{layout.window_seconds:g} s, {num_windows} whole ones in an excerpt"
         )
-    ranks = training.part.num_ranks
+    ranks = training.rank.world_size
     yield (
         f"training   at most {config.fit.epochs} epochs on "
         + (f"{ranks} x {training.device.type}" if ranks > 1 else str(training.device))

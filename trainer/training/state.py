@@ -16,7 +16,7 @@ from flsep.trainer.approaches.interface import require_possible
 from flsep.trainer.config import TrainConfig
 from flsep.trainer.data.splits import Splits
 from flsep.trainer.errors import CheckpointError
-from flsep.trainer.parallel import Part, gather_objects
+from flsep.trainer.parallel import Rank, gather_objects
 from flsep.trainer.runs.checkpoint import Checkpoint, load_weights, require_same_data, take
 from flsep.trainer.runs.folder import list_packages
 from flsep.trainer.training.objective import Objective
@@ -72,7 +72,7 @@ class Training:
         Where to compute.
     num_workers : int
         Number of threads that read.
-    part : Part
+    rank : Rank
         Which of the processes that train together this is (`flsep.trainer.parallel.joined`).
     resident : {'device', 'host'} or None
         Load all data into the memory of the device or of the host first.
@@ -96,13 +96,13 @@ class Training:
         *,
         device: torch.device,
         num_workers: int,
-        part: Part = Part(),  # noqa: B008 - immutable
+        rank: Rank = Rank(),  # noqa: B008 - immutable
         resident: str | None = None,
         report: Callable[[int, int], None] | None = None,
         mixes: Mixes | None = None,
     ) -> None:
         self.needs = require_possible(config)
-        self.config, self.device, self.part = config, device, part
+        self.config, self.device, self.rank = config, device, rank
         self.layout, self.fingerprint = shards.layout, shards.index.fingerprint
         self.mixes = mixes
         self.objective = Objective(config, device, shards.layout.hop_samples)
@@ -113,7 +113,7 @@ class Training:
             compares_windows=self.needs.latent is not None,
             device=device,
             num_workers=num_workers,
-            part=part,
+            rank=rank,
             resident=resident,
             report=report,
             mixes=mixes,
@@ -124,7 +124,7 @@ class Training:
         if config.compute.compile:
             self.model.separator.compile_layers()
         self.parallel_model: nn.Module = self.model
-        if part.num_ranks > 1:
+        if rank.world_size > 1:
             self._seed_rank(0)
             self.parallel_model = DistributedDataParallel(
                 self.model,
@@ -137,7 +137,7 @@ class Training:
 
     def _seed_rank(self, epoch: int) -> None:
         """Seed torch so that the dropout of the processes differs."""
-        entropy = (self.config.fit.seed, epoch, self.part.rank)
+        entropy = (self.config.fit.seed, epoch, self.rank.number)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
     @property
@@ -202,7 +202,7 @@ class Training:
         self.optimizer.load_state(training, tensors, where)
         self.position = Position(**training["position"])
         self.metrics = checkpoint.metrics
-        rank = self.part.rank
+        rank = self.rank.number
         if f"random.cpu.{rank}" in tensors:
             torch.set_rng_state(tensors[f"random.cpu.{rank}"])
         else:  # the checkpoint was written by fewer processes

@@ -14,7 +14,7 @@ from flsep.trainer.data.excerpts import (
     draw_excerpts,
     smallest_batch,
 )
-from flsep.trainer.parallel import Part
+from flsep.trainer.parallel import Rank
 from flsep.trainer.teacher import held_windows
 
 
@@ -93,7 +93,7 @@ def test_starts_and_places_by_plain_loops(
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_shares_are_those_of_array_split(count: int, num_ranks: int) -> None:
     indices = range(100, 100 + count)
-    shares = [list(Part(rank, num_ranks).share(indices)) for rank in range(num_ranks)]
+    shares = [list(Rank(rank, num_ranks).share(indices)) for rank in range(num_ranks)]
     assert shares == [part.tolist() for part in np.array_split(indices, num_ranks)]
 
 
@@ -110,14 +110,14 @@ def test_whole_batches_of_each_rank_in_turn(
         for start in range(0, len(excerpts), size)
     ]
     for rank in range(num_ranks):
-        own = BatchesOfRank(excerpts, size, Part(rank, num_ranks))
+        own = BatchesOfRank(excerpts, size, Rank(rank, num_ranks))
         drawn = [own.draw(0, index) for index in range(len(own))]
         assert drawn == [draw for batch in batches[rank::num_ranks] for draw in batch]
 
 
 def test_impossible_part() -> None:
     with pytest.raises(ValueError, match=r"rank is 2; expected one in \[0, 2\)"):
-        Part(2, 2)
+        Rank(2, 2)
 
 
 def test_smallest_batch_by_hand() -> None:

@@ -18,7 +18,7 @@ from flsep.trainer.data.excerpts import ConsecutiveExcerpts, draw_excerpts
 from flsep.trainer.data.loader import load_batches
 from flsep.trainer.data.reader import Reader
 from flsep.trainer.errors import DataError
-from flsep.trainer.parallel import Part
+from flsep.trainer.parallel import Rank
 from flsep.trainer.teacher import Standard, TeacherWindows, held_windows
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_batches_do_not_depend_on_workers(epoch_of: Callable[..., list[Batch]]) 
 def test_parts_are_the_shares_of_the_same_batches(
     epoch_of: Callable[..., list[Batch]], num_ranks: int
 ) -> None:
-    parts = [epoch_of(num_workers=1, part=Part(rank, num_ranks)) for rank in range(num_ranks)]
+    parts = [epoch_of(num_workers=1, rank=Rank(rank, num_ranks)) for rank in range(num_ranks)]
     plain = epoch_of(num_workers=0)
     # The last batch has 2 excerpts: nothing for a third rank.
     assert [len(part) for part in parts] == [3, 3, 2][:num_ranks]
