@@ -1,8 +1,8 @@
-"""Compose the songs of the demo corpus: pure decisions about music, no audio.
+"""Compose the songs of the demo corpus: notes and mixing decisions, no audio.
 
-A song has one tempo, key, pair of chord progressions and form; drums, bass, accompaniment and
-melody all follow them. Everything is drawn from ``(seed, index)`` alone, so that a song is the same
-whatever the size of the corpus that it stands in.
+Drums, bass, accompaniment and melody of a song follow the same tempo, key, form and pair of chord
+progressions. Everything is drawn from ``(seed, index)``, so that a song does not depend on the size
+of the corpus.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODES = {
     "mixolydian": (0, 2, 4, 5, 7, 9, 10),
 }
 _NOTE_NAMES = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
-# One chord a bar, as degrees of the scale; the modes' diminished triads are left out.
+# One chord a bar, as degrees of the scale, without the diminished triad of each mode.
 _PROGRESSIONS = {
     "major": ((0, 4, 5, 3), (0, 5, 3, 4), (3, 0, 4, 5), (0, 3, 0, 4), (5, 3, 0, 4), (1, 4, 0, 5)),
     "minor": ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (5, 6, 0, 0), (0, 2, 6, 3), (3, 0, 6, 5)),
@@ -52,7 +52,8 @@ _GROOVES = {
 _FILL = {12: _SNARE, 13: _SNARE, 14: 47, 15: 43}  # the last beat of a section: snare, two toms
 _LOUDNESS = {"X": 112, "x": 88, "o": 58}
 
-# Bass patterns: (step, length in steps, scale degrees above the root); None leads to the next root.
+# Bass patterns: (step, length in steps, scale degrees above the root). None is the note above the
+# root of the next bar, and leads there.
 _BASS_LINES: dict[str, tuple[tuple[int, int, int | None], ...]] = {
     "eighths": tuple((step, 2, 0 if step < 14 else None) for step in range(0, 16, 2)),
     "root and fifth": ((0, 6, 0), (6, 2, 0), (8, 5, 4), (14, 2, None)),
@@ -70,7 +71,7 @@ _STROKES = {
     "strummed": ((0, 4), (4, 2), (6, 2), (10, 2), (12, 2), (14, 2)),
     "arpeggio": tuple((step, 3) for step in range(0, 16, 2)),
 }
-# What a lead instrument plays in a bar, as degrees above the chord's root, in eighths.
+# A lead's bar in eighths, as degrees above the root of the chord.
 _HOOKS = (
     (0, 2, 4, None, 1, 4, 2, None),
     (4, 2, 3, None, 2, 0, 1, None),
@@ -103,7 +104,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One instrument: its General MIDI program (of the drum bank for drums), pan (-1..1), notes."""
+    """One instrument: General MIDI program (of the drum bank for drums), pan (-1..1) and notes."""
 
     program: int
     is_drum: bool
@@ -113,7 +114,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A stretch of the form: its name, first bar, length in bars, and the stems that rest in it."""
+    """A section of the form: name, first bar, length in bars, and the stems that rest."""
 
     name: str
     first_bar: int
@@ -123,7 +124,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """How the song is mixed: levels (dB, of the active parts), pans (-1..1) and one room."""
+    """Mixing decisions: levels (dB, while a stem is active), pans (-1..1) and one room."""
 
     levels_db: dict[str, float]
     pans: dict[str, float]
@@ -144,7 +145,7 @@ class Song:
     scale : tuple of int
         The seven pitch classes that bass, other and vocals use.
     parts : dict
-        Parts of "drums", "bass" and "other"; the vocals are ``melody``, sung by ``voice``.
+        Instruments of "drums", "bass" and "other"; the vocals are ``melody``, sung by ``voice``.
     """
 
     name: str
@@ -164,7 +165,7 @@ def compose(seed: int, index: int, seconds: float) -> Song:
 
 
 class _Composer:
-    """Holds what all parts of one song share: random numbers, tempo, key, chords and form."""
+    """Shared by all parts of a song: random numbers, tempo, key, chords and form."""
 
     def __init__(self, seed: int, index: int, seconds: float) -> None:
         self.seed, self.index = seed, index
@@ -184,7 +185,7 @@ class _Composer:
         self.sections = self._form()
 
     def turn(self, what: str, choices: Sequence[T]) -> T:
-        """Choose in turn over the songs, each round in another order: a small corpus is varied."""
+        """Choose in turn over the songs, in a new order each round, for variety."""
         round_, place = divmod(self.index, len(choices))
         order = np.random.default_rng([self.seed, zlib.crc32(what.encode()), round_])
         return choices[int(order.permutation(len(choices))[place])]
@@ -197,14 +198,14 @@ class _Composer:
         return (bar * STEPS_PER_BAR + step + late) * self.step_seconds
 
     def note(self, pitch: int, bar: int, step: float, length: float, velocity: float) -> Note:
-        """Place a note, a little unevenly, as a player would."""
+        """Place a note with the slight unevenness of a player."""
         start = max(0.0, self.seconds_at(bar, step) + self.rng.normal(0, 0.004))
         loudness = int(np.clip(velocity + self.rng.normal(0, 5), 20, 127))
         end = start + length * self.step_seconds * 0.95
         return Note(pitch=pitch, start_seconds=start, end_seconds=end, velocity=loudness)
 
     def pitch(self, degree: int, octave: int) -> int:
-        """Return the MIDI note of a scale degree (0: tonic; 7: an octave above)."""
+        """Return the MIDI note of a scale degree (0: tonic; 7: one octave above)."""
         return 12 * (octave + 1 + degree // 7) + self.tonic + MODES[self.mode][degree % 7]
 
     def chord(self, section: Section, bar: int) -> int:
@@ -273,7 +274,7 @@ class _Composer:
         lowest = 28  # E1
 
         def root_degree(chord: int) -> int:
-            """Return the degree (octave 1) nearest above the lowest string."""
+            """Return the lowest degree (octave 1) that the lowest string can play."""
             return min(d for d in (chord - 7, chord, chord + 7) if self.pitch(d, 1) >= lowest)
 
         notes = []
@@ -311,7 +312,7 @@ class _Composer:
         return (chords, self._second(-side * self.rng.uniform(0.3, 0.7)))
 
     def _second(self, pan: float) -> Part:
-        """Write the second instrument: a pad under the choruses, or a lead where no one sings."""
+        """Write the second instrument: a pad under the choruses, or a lead between the vocals."""
         program, role = self.turn("second", _PADS_OR_LEADS)
         octave = 4 if self.tonic < 7 else 3
         hook = self.choose(_HOOKS)
@@ -326,14 +327,14 @@ class _Composer:
                     if degree is not None:
                         pitch = self.pitch(chord + degree, octave)
                         notes.append(self.note(pitch, bar, 2 * place, 1.9, 92))
-            elif role == "lead" and (bar - section.first_bar) % 2 == 1:  # answers the singer
+            elif role == "lead" and (bar - section.first_bar) % 2 == 1:  # answer the singer
                 for place, degree in enumerate((chord + 4, chord + 2)):
                     pitch = self.pitch(degree, octave)
                     notes.append(self.note(pitch, bar, 12 + 2 * place, 1.9, 88))
         return Part(program=program, is_drum=False, pan=pan, notes=tuple(notes))
 
     def _voicing(self, chord: int) -> list[int]:
-        """Return the triad on a degree, close, around middle C: neighbours move by little."""
+        """Return the triad on a degree in close position around middle C."""
         tones = [self.pitch(chord + third, 3) for third in (0, 2, 4)]
         return sorted((tone - 53) % 12 + 53 for tone in tones)
 
@@ -355,6 +356,7 @@ class _Composer:
                 num_eighths = min(16, 8 * (section.num_bars - first_bar))
                 for start, length in _syllables(rhythm[:num_eighths]):
                     bar = section.first_bar + first_bar + start // 8
+                    # Drift back to the middle of the voice, and land on chord tones on the beat.
                     leap = self.choose((0, 1, 1, 1, 2, 2, 3))
                     place += leap if place < self.rng.uniform(0.5, 1.5) * middle else -leap
                     place = int(np.clip(place, 0, len(degrees) - 1))
@@ -401,6 +403,6 @@ def _syllables(rhythm: str) -> list[tuple[int, int]]:
 
 
 def _nearest_tone(degrees: list[int], place: int, chord: int) -> int:
-    """Return the place nearest to ``place`` whose degree belongs to the triad on ``chord``."""
+    """Return the place closest to ``place`` whose degree is in the triad on ``chord``."""
     tones = [p for p, degree in enumerate(degrees) if (degree - chord) % 7 in (0, 2, 4)]
     return min(tones, key=lambda tone: abs(tone - place))

@@ -1,8 +1,7 @@
-"""Render a small corpus in MUSDB18-HQ's shape: composed songs with a singing synthesiser.
+"""Render a small corpus with the layout of MUSDB18-HQ: composed songs with a synthetic singer.
 
-Drums, bass and other are General MIDI, rendered with the soundfont that pretty_midi carries; the
-vocals are synthesised by :mod:`flsep.pipeline.demo.voice`. The songs come from
-:mod:`flsep.pipeline.demo.composition`.
+Drums, bass and other are General MIDI, rendered with the soundfont in pretty_midi. Songs come from
+:mod:`flsep.pipeline.demo.composition`, vocals from :mod:`flsep.pipeline.demo.voice`.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 
 from flsep.pipeline.demo.composition import Part, Song, compose
 from flsep.pipeline.demo.voice import VOICES, sing
-from flsep.pipeline.errors import CorpusError
+from flsep.pipeline.errors import CorpusError, SettingsError
 
 RATE_HZ = 44100
 STEMS = ("drums", "bass", "other", "vocals")
 MANIFEST = "demo-corpus.json"
-MIN_SECONDS = 4.0  # two bars of the slowest tempo: shorter songs would have no vocals
-_PEAK = 0.9  # of the mixture or of a stem, whichever is the loudest; full scale is 1
+MIN_SECONDS = 4.0  # two bars at the slowest tempo; shorter songs would have no vocals
+_PEAK = 0.9  # of the loudest signal, mixture or stem; full scale is 1
 _FADE_SECONDS = 0.3
 
 
@@ -44,17 +43,16 @@ def render_corpus(
     """Render ``out/{train,valid,test}/<track>/{mixture,drums,bass,other,vocals}.wav``.
 
     The files are 16-bit stereo at 44.1 kHz, and each mixture is the exact sum of its stems. One
-    track in eight, at least one, is for validation, as many for testing, the others for training.
-    The same arguments give the same bytes; track number i depends on ``seed``, ``seconds`` and i
-    only. The corpus is rendered beside ``out`` and renamed, so that half a corpus never has that
-    name.
+    track in eight, at least one, is for validation, as many are for testing, the others for
+    training. The same arguments give the same bytes; track i depends on ``seed``, ``seconds`` and i
+    only. The corpus is rendered beside ``out`` and renamed, so that ``out`` is never incomplete.
 
     Parameters
     ----------
     out : Path
-        Folder to create. One that holds a corpus rendered with the same arguments is kept as it is.
+        Folder to create. A corpus rendered with the same arguments is kept unchanged.
     num_tracks : int
-        Tracks in all, at least 3.
+        Number of tracks, at least 3.
     seconds : float
         Length of each track, at least 4.
     seed : int
@@ -62,21 +60,23 @@ def render_corpus(
     example : bool
         Copy the one real MUSDB18 track that the package stempeg carries into the test split.
     progress : callable, optional
-        Called with one line of text for each track that is ready, or when the corpus is kept.
+        Called with a line of text for each finished track, or when the corpus is kept.
 
     Raises
     ------
-    ValueError
-        An argument out of range, a package that is missing, or an ``out`` that cannot be used.
+    SettingsError
+        If an argument is out of range.
+    CorpusError
+        If a package is missing, or ``out`` cannot be used.
     """
     tell = progress or (lambda line: None)
     out = Path(out).absolute()
     if num_tracks < 3:
-        raise CorpusError(f"{num_tracks} tracks asked for; one a split, at least 3, are needed")
+        raise SettingsError(f"--tracks {num_tracks}: expected at least 3, one for each split")
     if not MIN_SECONDS <= seconds < float("inf"):
-        raise CorpusError(f"tracks of {seconds} s asked for; at least {MIN_SECONDS:g} s are needed")
+        raise SettingsError(f"--seconds {seconds}: expected at least {MIN_SECONDS:g}")
     if seed < 0:
-        raise CorpusError(f"seed {seed} asked for; it must be 0 or more")
+        raise SettingsError(f"--seed {seed}: expected 0 or more")
     arguments = {
         "flsep": importlib.metadata.version("flsep"),
         "num_tracks": num_tracks,
@@ -121,7 +121,7 @@ def render_corpus(
 
 
 def split_names(num_tracks: int) -> list[str]:
-    """Return the split of each track: three in four train, the others valid and test."""
+    """Return the split of each track: about three in four train, the others valid and test."""
     num_held_out = max(1, num_tracks // 8)
     num_train = num_tracks - 2 * num_held_out
     return ["train"] * num_train + ["valid"] * num_held_out + ["test"] * num_held_out
@@ -135,18 +135,18 @@ def render_song(
     Parameters
     ----------
     song : Song
-        What is played.
+        The composition.
     seconds : float
-        Length; the song is cut there, after a short fade.
+        Length; the song ends there with a short fade.
     soundfont : bytes
         An SF2 file with the General MIDI programs.
     rng : numpy.random.Generator
-        Drawn from for the voice and the room.
+        Source of randomness for voice and room.
 
     Returns
     -------
     dict of str to int16 [sample, channel]
-        "mixture" and the four stems, which add up to it.
+        "mixture" and the four stems, whose sum is the mixture.
     """
     num_samples = round(seconds * RATE_HZ)
     voice = sing(song.melody, VOICES[song.voice], num_samples=num_samples, rate_hz=RATE_HZ, rng=rng)
@@ -159,6 +159,7 @@ def render_song(
     fade = np.ones((num_samples, 1))
     fade[-fade_samples:, 0] = np.linspace(1, 0, fade_samples)
     room = _Room(song.mix.reverb_seconds, num_samples, rng)
+    # Pan with constant power, add the room, and bring each stem to its level in the mix.
     stems = {}
     for stem in STEMS:
         angle = (song.mix.pans[stem] + 1) * np.pi / 4
@@ -167,6 +168,7 @@ def render_song(
         gain = 10 ** (song.mix.levels_db[stem] / 20) / active_rms(panned)
         stems[stem] = gain * fade * (panned + wet)
 
+    # One gain for all, so that nothing clips; the mixture is summed after rounding, hence exact.
     peak = max(np.abs(signal).max() for signal in (*stems.values(), sum(stems.values())))
     quantised = {
         stem: np.rint(signal * (_PEAK * 32767 / peak)).astype(np.int16)
@@ -177,7 +179,7 @@ def render_song(
 
 
 def active_rms(signal: NDArray[np.float64]) -> float:
-    """Return the RMS over the 0.1 s blocks that lie within 30 dB of the loudest one.
+    """Return the RMS of those 0.1 s blocks that are within 30 dB of the loudest block.
 
     Parameters
     ----------
@@ -207,8 +209,8 @@ def _play(
             for note in part.notes
             if note.start_seconds < seconds
         ]
-        # Volume (with headroom), pan, and neither reverb nor chorus: the room is added later. The
-        # last event makes the rendering long enough.
+        # Volume with headroom, pan, and no effects: the room is added later. The last event
+        # makes the rendering long enough.
         controls = {7: 100, 10: round(64 + 63 * part.pan), 91: 0, 93: 0}
         instrument.control_changes = [
             pretty_midi.ControlChange(number, value, 0.0) for number, value in controls.items()
@@ -224,7 +226,7 @@ def _play(
 
 
 class _Room:
-    """A room's reverberation: stereo noise that falls by 60 dB, after a short delay."""
+    """Reverberation of a room: stereo noise that decays by 60 dB, after a short delay."""
 
     def __init__(self, decay_seconds: float, num_samples: int, rng: np.random.Generator) -> None:
         t = np.arange(round(decay_seconds * RATE_HZ)) / RATE_HZ
@@ -232,11 +234,11 @@ class _Room:
         response[:, : RATE_HZ // 80] = 0
         response /= np.sqrt(np.square(response).sum(axis=1, keepdims=True))
         self.num_samples = num_samples
-        self.size = -(-(num_samples + len(t)) // 2**16) * 2**16  # a length that FFTs are fast at
+        self.size = -(-(num_samples + len(t)) // 2**16) * 2**16  # fast for FFTs
         self.spectrum = np.fft.rfft(response, self.size)
 
     def answer(self, signal: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the reverberation of a signal's downmix; both float64 [sample, channel]."""
+        """Return the reverberation of the mono downmix; both float64 [sample, channel]."""
         spectrum = np.fft.rfft(signal @ (0.5, 0.5), self.size) * self.spectrum
         return np.fft.irfft(spectrum, self.size)[:, : self.num_samples].T
 
@@ -249,7 +251,7 @@ def _write_track(folder: Path, signals: dict[str, NDArray[np.int16]]) -> None:
 
 
 def _describe(song: Song, split: str) -> dict[str, Any]:
-    """Return what the manifest says about a song."""
+    """Return the entry of a song in the manifest."""
     programs = {stem: [part.program for part in parts] for stem, parts in song.parts.items()}
     return {
         "split": split,
@@ -262,7 +264,7 @@ def _describe(song: Song, split: str) -> dict[str, Any]:
 
 
 def _is_kept(out: Path, arguments: dict[str, object]) -> bool:
-    """Return whether ``out`` already holds the corpus; refuse a folder that holds anything else."""
+    """Tell whether ``out`` holds this corpus already; refuse a folder with anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     manifest = out / MANIFEST
@@ -277,7 +279,8 @@ def _is_kept(out: Path, arguments: dict[str, object]) -> bool:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(
-            f"{manifest}: no demo corpus's manifest; remove {out} or choose another output folder"
+            f"{manifest}: is no manifest of a demo corpus; remove {out} or choose another "
+            "output folder"
         ) from error
     if differing:
         raise CorpusError(
@@ -288,7 +291,7 @@ def _is_kept(out: Path, arguments: dict[str, object]) -> bool:
 
 
 def _package_folder(package: str) -> Path:
-    """Return where a package lies, without importing it."""
+    """Return the folder of a package without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise CorpusError(

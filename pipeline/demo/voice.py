@@ -1,9 +1,9 @@
 """A singing voice for the demo corpus: a source-filter model in NumPy.
 
 A glottal flow pulse train (Rosenberg, 1971, "Effect of glottal pulse shape on the quality of
-natural vowels", pulse C) with breath noise is shaped by time-varying formants, a cascade of
+natural vowels", pulse C) with breath noise is filtered by time-varying formants, a cascade of
 second-order resonances as in Klatt (1980), "Software for a cascade/parallel formant synthesizer".
-Consonants are bursts of filtered noise; pitch glides from note to note, with vibrato, drift and
+Consonants are bursts of filtered noise. The pitch glides from note to note, with vibrato, drift and
 jitter.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_CONTROL_SAMPLES = 64  # step of the pitch, gain and formant contours
-_WINDOW_SAMPLES, _HOP_SAMPLES = 1024, 256  # of the short-time spectra that the formants filter
-_LEAD_SECONDS, _TAIL_SECONDS = 0.4, 0.25  # room before a phrase (breath, consonant) and after it
+_CONTROL_SAMPLES = 64  # from one point of the pitch, gain and formant contours to the next
+_WINDOW_SAMPLES, _HOP_SAMPLES = 1024, 256  # of the short-time spectra that are filtered
+_LEAD_SECONDS, _TAIL_SECONDS = 0.4, 0.25  # before a phrase (breath, consonant) and after it
 
 # Formants F1..F5 in Hz of an adult male singer; other voices scale them.
 _VOWELS = {
@@ -33,7 +33,7 @@ _BANDWIDTHS_HZ = (80.0, 110.0, 190.0, 260.0, 340.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consonant:
-    """How a syllable begins: how much voice remains, and which noise sounds, for how long."""
+    """The beginning of a syllable: share of voice, level, band and duration of noise."""
 
     voicing: float
     noise: float
@@ -67,13 +67,13 @@ class Voice:
     lowest, highest : int
         Range as MIDI note numbers.
     formant_scale : float
-        Vocal tract: formants relative to an adult male's.
+        Formants relative to those of an adult male.
     vibrato_hz, vibrato_cents : float
         Rate and depth (half the excursion) on long notes.
     breath : float
-        Aspiration noise relative to the pulse train.
+        Level of aspiration noise relative to the pulse train.
     open_quotient : float
-        Part of a period in which the glottis is open; the larger, the softer the voice.
+        Fraction of a period in which the glottis is open; a larger one gives a softer voice.
     """
 
     lowest: int
@@ -107,7 +107,7 @@ VOICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Syllable:
-    """One sung note: MIDI pitch, the time its vowel sounds, its sounds and its velocity (1-127)."""
+    """One sung note: MIDI pitch, start and end of its vowel, its sounds, its velocity (1-127)."""
 
     pitch: int
     start_seconds: float
@@ -130,18 +130,18 @@ def sing(
     Parameters
     ----------
     melody : sequence of Syllable
-        In order of time, not overlapping.
+        In order of time, without overlaps.
     voice : Voice
         The singer.
     num_samples, rate_hz : int
-        Length and sample rate of the result; what would sound later is cut.
+        Length and sample rate of the result; later syllables are cut.
     rng : numpy.random.Generator
-        Drawn from for breath, jitter and drift.
+        Source of randomness for breath, jitter and drift.
 
     Returns
     -------
     float64 [num_samples]
-        Mono; vowels have an RMS of about 0.2 at full velocity. Exactly zero between phrases.
+        Mono; vowels have an RMS of about 0.2 at full velocity, pauses are exactly zero.
     """
     out = np.zeros(num_samples)
     for phrase in _phrases(melody):
@@ -154,7 +154,7 @@ def sing(
 
 
 def _phrases(melody: Sequence[Syllable]) -> Iterator[list[Syllable]]:
-    """Split a melody where it rests long enough to breathe."""
+    """Split a melody at rests that are long enough to breathe."""
     phrase: list[Syllable] = []
     for syllable in melody:
         if phrase and syllable.start_seconds - phrase[-1].end_seconds > 0.2:
@@ -172,14 +172,14 @@ def _sing_phrase(
     rate_hz: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """Sing one phrase; its first sample lies at ``origin_seconds``."""
+    """Sing one phrase whose first sample is at ``origin_seconds``."""
     length = round((phrase[-1].end_seconds - origin_seconds + _TAIL_SECONDS) * rate_hz)
     control_hz = rate_hz / _CONTROL_SAMPLES
     t = origin_seconds + np.arange(length // _CONTROL_SAMPLES + 2) / control_hz
     starts = np.array([syllable.start_seconds for syllable in phrase])
     ends = np.array([syllable.end_seconds for syllable in phrase])
     consonants = [CONSONANTS[syllable.consonant] for syllable in phrase]
-    onsets = starts - [consonant.seconds for consonant in consonants]  # consonants come early
+    onsets = starts - [consonant.seconds for consonant in consonants]  # they precede the vowel
     which = np.maximum(np.searchsorted(onsets, t, side="right") - 1, 0)
     consonant_now = (t >= onsets[which]) & (t < starts[which])
 
@@ -205,13 +205,14 @@ def _sing_phrase(
     inhaling = (t > onsets[0] - 0.3) & (t < onsets[0] - 0.08)
     inhale = 0.004 * _smooth(inhaling.astype(np.float64), 0.12 * control_hz)
 
-    # Formants; a nasal's own while it sounds, and F1 never below the pitch, as singers do.
+    # Formants: those of a nasal while it sounds; F1 stays above the pitch, as singers tune it.
     targets = np.array([_VOWELS[syllable.vowel] for syllable in phrase])[which]
     nasal = np.array([syllable.consonant in ("m", "n") for syllable in phrase])[which]
     targets = np.where((nasal & consonant_now)[:, None], _NASAL, targets)
     formants_hz = voice.formant_scale * _smooth(targets, 0.05 * control_hz)
     formants_hz[:, 0] = np.maximum(formants_hz[:, 0], 1.05 * f0_hz)
 
+    # Source (glottal pulses, breath) and consonant noise, each filtered frame by frame.
     control_at = np.arange(len(t)) * _CONTROL_SAMPLES
     sample_at = np.arange(length)
     frame_at = np.arange(0, length + _WINDOW_SAMPLES, _HOP_SAMPLES)  # the frames' centres
@@ -228,7 +229,7 @@ def _sing_phrase(
 
 
 def _smooth(values: NDArray[np.float64], width: float) -> NDArray[np.float64]:
-    """Average along axis 0 with a Hann window of ``width`` steps; the ends are held."""
+    """Average along axis 0 with a Hann window of ``width`` steps; the end values are repeated."""
     size = max(3, round(width) | 1)
     window = np.hanning(size + 2)[1:-1]
     window /= window.sum()
@@ -240,7 +241,7 @@ def _smooth(values: NDArray[np.float64], width: float) -> NDArray[np.float64]:
 
 
 def _glottal_flow(cycle: NDArray[np.float64], open_quotient: float) -> NDArray[np.float64]:
-    """Return the flow at each point of the glottal cycle in [0, 1): Rosenberg's pulse C."""
+    """Return the flow at points of the glottal cycle in [0, 1): pulse C of Rosenberg (1971)."""
     peak = 0.67 * open_quotient
     rising = 0.5 * (1 - np.cos(np.pi * cycle / peak))
     falling = np.cos(0.5 * np.pi * (cycle - peak) / (open_quotient - peak))
@@ -256,11 +257,11 @@ def _formant_response(
 ) -> NDArray[np.float64]:
     """Return vocal tract times lip radiation, float64 [frame, bin], from float64 [frame, 5].
 
-    The cascade continues with fixed resonances every 1.1 kHz from 5.2 kHz. Each frame is scaled
-    so that vowels come out nearly equally loud whatever their pitch.
+    The cascade continues with fixed resonances every 1.1 kHz from 5.2 kHz. Each frame is scaled so
+    that vowels are about equally loud at any pitch.
     """
     f = _bins_hz(rate_hz)
-    fixed = f / (1 + f / 2500.0)  # radiation, and the tilt of a voice that is not pressed
+    fixed = f / (1 + f / 2500.0)  # lip radiation, and the spectral tilt of a relaxed voice
     for centre_hz in np.arange(5200.0, rate_hz / 2, 1100.0):
         fixed *= centre_hz**2 / np.hypot(centre_hz**2 - f**2, 0.12 * centre_hz * f)
     damping = np.ones((len(formants_hz), len(f)))
@@ -268,14 +269,14 @@ def _formant_response(
         ratio = (f / formant_hz[:, None]) ** 2
         damping *= (1 - ratio) ** 2 + ratio * (bandwidth_hz / formant_hz[:, None]) ** 2
     response = fixed / np.sqrt(damping)
-    slope = 1 / (1 + (f / f0_hz[:, None]) ** 2)  # of the flow's spectrum: -12 dB an octave
+    slope = 1 / (1 + (f / f0_hz[:, None]) ** 2)  # spectrum of the flow: -12 dB an octave
     loudness = np.sqrt(np.mean((response * slope * (f >= 0.8 * f0_hz[:, None])) ** 2, axis=1))
     scaled: NDArray[np.float64] = response / loudness[:, None] * 0.045
     return scaled
 
 
 def _noise_bands(rate_hz: int, consonants: list[Consonant]) -> NDArray[np.float64]:
-    """Return each consonant's noise spectrum, float64 [consonant, bin]: a bump over octaves."""
+    """Return the noise spectrum of each consonant, float64 [consonant, bin]: bumps over octaves."""
     octaves = np.log2(np.maximum(_bins_hz(rate_hz), 20.0))
     bumps = [(octaves - np.log2(c.noise_hz)) / c.noise_octaves for c in consonants]
     return np.exp(-0.5 * np.array(bumps) ** 2)
@@ -284,7 +285,7 @@ def _noise_bands(rate_hz: int, consonants: list[Consonant]) -> NDArray[np.float6
 def _filter_frames(
     signal: NDArray[np.float64], response: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Filter a signal with one zero-phase magnitude response a frame (weighted overlap-add)."""
+    """Filter a signal by one zero-phase magnitude response a frame (weighted overlap-add)."""
     window = np.hanning(_WINDOW_SAMPLES + 1)[:-1]
     overlap = _WINDOW_SAMPLES // _HOP_SAMPLES
     half = _WINDOW_SAMPLES // 2

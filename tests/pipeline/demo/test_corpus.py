@@ -214,7 +214,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"arguments": {"seed": 0}}', "null"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match="no demo corpus's manifest; remove"):
+    with pytest.raises(ValueError, match="is no manifest of a demo corpus; remove"):
         render_corpus(tmp_path, num_tracks=3, seconds=SECONDS)
 
 
@@ -246,8 +246,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, failure):
     [
         ({"num_tracks": 2}, "2 tracks asked for; one a split, at least 3"),
         ({"seconds": 3.9}, "tracks of 3.9 s asked for; at least 4 s"),
-        ({"seconds": float("nan")}, "tracks of nan s"),
-        ({"seconds": float("inf")}, "tracks of inf s"),
+        ({"seconds": float("nan")}, "--seconds nan: expected at least 4"),
+        ({"seconds": float("inf")}, "--seconds inf: expected at least 4"),
         ({"seed": -1}, "seed -1 asked for; it must be 0 or more"),
     ],
 )
