@@ -119,9 +119,9 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
 def mixes(shards: Path, teacher_folder: Path, out: Path, excerpts_per_track: str) -> dict[str, Any]:
     """Render an epoch of mixes, as a worker does: the teacher has one thread."""
     from flsep.cache import Shards
-    from flsep.pipeline.execution.stopwatch import Stopwatch
     from flsep.pipeline.mixes.run import make_config, plan_mixes
     from flsep.pipeline.mixes.task import MixesSettings, render_mixes
+    from flsep.pipeline.stopwatch import Stopwatch
     from flsep.pipeline.teachers.teacher import Teacher, load_once
 
     info = Teacher.load(teacher_folder, num_threads=1).info

@@ -64,7 +64,7 @@ ROOMS = {
 }
 # Files that all rooms of a package may import, and that import no room.
 GROUND = {
-    "pipeline": {"config", "features", "packages", "errors"},
+    "pipeline": {"config", "features", "packages", "stopwatch", "errors"},
     "trainer": {
         *("config", "settings", "recipes", "registry", "parallel", "teacher", "stft", "errors"),
     },

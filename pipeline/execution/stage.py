@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from flsep.cache.errors import FlsepError
 from flsep.pipeline.execution.lock import open_output
 from flsep.pipeline.execution.runners import Runner, run_inline
-from flsep.pipeline.execution.stopwatch import Stopwatch
+from flsep.pipeline.stopwatch import Stopwatch
 
 
 class StageTask(Protocol):

@@ -23,10 +23,10 @@ from flsep.cache import (
 )
 from flsep.cache.mixes_file import digest_tracks
 from flsep.pipeline.execution.stage import TaskReport
-from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import activity_db
 from flsep.pipeline.mixes.renderer import Renderer
 from flsep.pipeline.packages import list_packages
+from flsep.pipeline.stopwatch import Stopwatch
 from flsep.pipeline.teachers.teacher import Teacher, TeacherInfo, load_once
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from flsep.cache import CacheError, ShardFile, ShardWriter, TrackPlan, verify_shard
 from flsep.pipeline.errors import MediaError, SignalError, TeacherError, TrackError
 from flsep.pipeline.execution.stage import TaskReport
-from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.packages import list_packages
 from flsep.pipeline.shards.plan import PlannedTrack, ShardTask
 from flsep.pipeline.shards.rejections import (
@@ -18,6 +17,7 @@ from flsep.pipeline.shards.rejections import (
 )
 from flsep.pipeline.shards.settings import ShardSettings
 from flsep.pipeline.shards.track import TrackBuilder
+from flsep.pipeline.stopwatch import Stopwatch
 from flsep.pipeline.teachers.teacher import Teacher, load_once
 
 

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from flsep.cache.track_writer import TrackWriter
 from flsep.pipeline.corpus.media import AudioStream, decode
-from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import MagnitudeMoments, Pieces, Stft, pack
 from flsep.pipeline.shards.plan import PlannedTrack
 from flsep.pipeline.shards.settings import ShardSettings
+from flsep.pipeline.stopwatch import Stopwatch
 from flsep.pipeline.teachers.stream import EmbeddingStream
 from flsep.pipeline.teachers.teacher import Teacher
 

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flsep.pipeline.execution.stopwatch import Stopwatch
 from flsep.pipeline.features import MonoStream, Pieces, activity_db
+from flsep.pipeline.stopwatch import Stopwatch
 from flsep.pipeline.teachers.teacher import Teacher
 
 
