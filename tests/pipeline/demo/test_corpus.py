@@ -244,11 +244,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, failure):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_tracks": 2}, "2 tracks asked for; one a split, at least 3"),
-        ({"seconds": 3.9}, "tracks of 3.9 s asked for; at least 4 s"),
+        ({"num_tracks": 2}, "--tracks 2: expected at least 3"),
+        ({"seconds": 3.9}, "--seconds 3.9: expected at least 4"),
         ({"seconds": float("nan")}, "--seconds nan: expected at least 4"),
         ({"seconds": float("inf")}, "--seconds inf: expected at least 4"),
-        ({"seed": -1}, "seed -1 asked for; it must be 0 or more"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, arguments, message):

@@ -196,7 +196,7 @@ def test_batch_of_nothing(tiny_teacher):
 EMBED = """
 import sys
 import numpy as np
-from flsep.pipeline.teacher import Teacher
+from flsep.pipeline.teachers.teacher import Teacher
 teacher = Teacher.load(sys.argv[1], num_threads=1)
 embedding = teacher(np.load(sys.argv[2]))
 np.save(sys.argv[3], embedding)
