@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flsep.pipeline.teachers.savedmodel import import_tensorflow
+from flsep.pipeline.teachers.model_folder import import_tensorflow
 
 # A shell lets what it starts in the background ignore Ctrl-C, and what that starts in turn.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,9 +44,9 @@ def plain(track: Path, teacher_folder: Path, out: Path) -> dict[str, Any]:
     import librosa
     import stempeg
 
-    from flsep.pipeline.teachers.teacher import Teacher
+    from flsep.pipeline.teachers.loading import load_teacher
 
-    teacher = Teacher.load(teacher_folder, batch_windows=_SMALL_BATCH_WINDOWS)
+    teacher = load_teacher(teacher_folder, batch_windows=_SMALL_BATCH_WINDOWS)
     teacher(np.zeros(4 * teacher.info.window_samples, np.float32))
     librosa.stft(np.zeros((2, 8192), np.float32))
     measure = Clock()
@@ -75,11 +75,11 @@ def flsep(corpus: Path, teacher_folder: Path, out: Path, *sources: str) -> dict[
     from flsep.pipeline.shards.build import make_shard
     from flsep.pipeline.shards.plan import plan_shards
     from flsep.pipeline.shards.settings import ShardSettings
-    from flsep.pipeline.teachers.teacher import Teacher, load_once
+    from flsep.pipeline.teachers.loading import load_once, load_teacher
 
     config = FeatureConfig()
     found = find_corpus(corpus, sources=sources or None)
-    info = Teacher.load(teacher_folder, num_threads=1).info
+    info = load_teacher(teacher_folder, num_threads=1).info
     settings = ShardSettings(
         folder=out,
         config=config,
@@ -122,9 +122,9 @@ def mixes(shards: Path, teacher_folder: Path, out: Path, excerpts_per_track: str
     from flsep.pipeline.mixes.run import make_config, plan_mixes
     from flsep.pipeline.mixes.task import MixesSettings, render_mixes
     from flsep.pipeline.stopwatch import Stopwatch
-    from flsep.pipeline.teachers.teacher import Teacher, load_once
+    from flsep.pipeline.teachers.loading import load_once, load_teacher
 
-    info = Teacher.load(teacher_folder, num_threads=1).info
+    info = load_teacher(teacher_folder, num_threads=1).info
     config = make_config(
         Shards(shards),
         info,

@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     import g
 def function():
     import h
-    importlib.import_module("flsep.pipeline.teachers.teacher")
+    importlib.import_module("flsep.pipeline.teachers.loading")
     importlib.import_module(name)
 from . import i
 """
@@ -99,7 +99,7 @@ from . import i
         ("flsep.cache", "module"),
         ("g", "typing"),
         ("h", "function"),
-        ("flsep.pipeline.teachers.teacher", "function"),
+        ("flsep.pipeline.teachers.loading", "function"),
         (".", "module"),
     }
     assert {found.package for found in IMPORTS} == set(PACKAGES)

@@ -122,15 +122,15 @@ def mixes_command(
     from flsep.pipeline.execution.parts import tasks_of_part
     from flsep.pipeline.mixes.run import make_config, mixes_stage, plan_mixes
     from flsep.pipeline.mixes.task import MixesSettings
-    from flsep.pipeline.teachers.savedmodel import resolve
-    from flsep.pipeline.teachers.teacher import Teacher
+    from flsep.pipeline.teachers.loading import load_teacher
+    from flsep.pipeline.teachers.model_folder import resolve
 
     workers = choose_workers(out.absolute(), options)
     opened = Shards(shards.absolute(), verify=verify)
     opened.check_files(options["split"])
     handle = teacher or opened.layout.teacher
     folder = resolve(handle).absolute()
-    info = Teacher.load(str(folder)).info
+    info = load_teacher(str(folder)).info
     config = make_config(
         opened,
         info,

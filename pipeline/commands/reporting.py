@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flsep.pipeline.corpus.tracks import Corpus
     from flsep.pipeline.execution.stage import Summary, TaskReport
     from flsep.pipeline.shards.plan import Plan
-    from flsep.pipeline.teachers.teacher import TeacherInfo
+    from flsep.pipeline.teachers.interface import TeacherInfo
 
 Task = TypeVar("Task")
 

@@ -90,8 +90,8 @@ def run_command(
     from flsep.pipeline.shards.run import finalise as finalise_shards
     from flsep.pipeline.shards.run import find_unplanned, shards_stage
     from flsep.pipeline.shards.settings import ShardSettings
-    from flsep.pipeline.teachers.savedmodel import resolve
-    from flsep.pipeline.teachers.teacher import Teacher
+    from flsep.pipeline.teachers.loading import load_teacher
+    from flsep.pipeline.teachers.model_folder import resolve
 
     if finalise and (part or repair):
         raise SettingsError("--finalise: makes no shards; leave out --part and --repair")
@@ -109,7 +109,7 @@ def run_command(
         folder=shards.absolute(),
         config=config,
         sources=found.sources,
-        teacher=Teacher.load(handle).info,
+        teacher=load_teacher(handle).info,
         teacher_folder=folder,
         num_threads=1 if workers else None,
     )

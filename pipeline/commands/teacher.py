@@ -21,7 +21,7 @@ def fetch_command(handle: str, out: Path) -> None:
 
     Do this where there is internet access, then give OUT as --teacher on machines without it.
     """
-    from flsep.pipeline.teachers.savedmodel import fetch
+    from flsep.pipeline.teachers.model_folder import fetch
 
     fetch(handle, out)
     click.echo(f"{out}: fetched from {handle}; use it with --teacher {out}")

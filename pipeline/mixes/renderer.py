@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from flsep.cache import Draw, Grid, Shards
 from flsep.pipeline.features import MonoStream, inverse_stft, widen
 from flsep.pipeline.stopwatch import Stopwatch
-from flsep.pipeline.teachers.teacher import TeacherInfo
+from flsep.pipeline.teachers.interface import TeacherInfo
 
 # Beyond this many bins above the teacher's highest frequency, a window's main lobe has decayed.
 _SPARE_BINS = 16

@@ -13,7 +13,7 @@ from flsep.pipeline.errors import SettingsError, TeacherError
 from flsep.pipeline.execution.stage import Stage
 from flsep.pipeline.mixes.renderer import count_teacher_samples
 from flsep.pipeline.mixes.task import MixesSettings, MixesTask, render_mixes
-from flsep.pipeline.teachers.teacher import TeacherInfo
+from flsep.pipeline.teachers.interface import TeacherInfo
 
 
 def mixes_stage(num_epochs: int, settings: MixesSettings) -> Stage[MixesTask]:

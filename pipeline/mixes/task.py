@@ -27,7 +27,8 @@ from flsep.pipeline.features import activity_db
 from flsep.pipeline.mixes.renderer import Renderer
 from flsep.pipeline.packages import list_packages
 from flsep.pipeline.stopwatch import Stopwatch
-from flsep.pipeline.teachers.teacher import Teacher, TeacherInfo, load_once
+from flsep.pipeline.teachers.interface import Teacher, TeacherInfo
+from flsep.pipeline.teachers.loading import load_once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,8 @@ from flsep.pipeline.shards.rejections import (
 from flsep.pipeline.shards.settings import ShardSettings
 from flsep.pipeline.shards.track import TrackBuilder
 from flsep.pipeline.stopwatch import Stopwatch
-from flsep.pipeline.teachers.teacher import Teacher, load_once
+from flsep.pipeline.teachers.interface import Teacher
+from flsep.pipeline.teachers.loading import load_once
 
 
 def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False) -> TaskReport:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flsep.cache import Layout
 from flsep.pipeline.config import FeatureConfig
-from flsep.pipeline.teachers.teacher import TeacherInfo
+from flsep.pipeline.teachers.interface import TeacherInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

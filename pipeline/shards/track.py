@@ -12,8 +12,8 @@ from flsep.pipeline.features import MagnitudeMoments, Pieces, Stft, pack
 from flsep.pipeline.shards.plan import PlannedTrack
 from flsep.pipeline.shards.settings import ShardSettings
 from flsep.pipeline.stopwatch import Stopwatch
+from flsep.pipeline.teachers.interface import Teacher
 from flsep.pipeline.teachers.stream import EmbeddingStream
-from flsep.pipeline.teachers.teacher import Teacher
 
 Blocks = Iterator[NDArray[np.float32]]  # each [channel, sample]
 _SUMMED_SAMPLES = 1 << 16

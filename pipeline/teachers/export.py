@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers import musicnn, vggish
-from flsep.pipeline.teachers.savedmodel import (
+from flsep.pipeline.teachers.interface import Teacher, TeacherInfo
+from flsep.pipeline.teachers.loading import load_teacher
+from flsep.pipeline.teachers.model_folder import (
     content_digest,
     import_tensorflow,
     one_line,
     published_folder,
 )
-from flsep.pipeline.teachers.teacher import EACH, Teacher, TeacherInfo
+from flsep.pipeline.teachers.savedmodel import EACH
 
 MUSICNN_REQUIREMENT = "musicnn==0.1.0"
 MUSICNN_SHA256 = "f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa"
@@ -96,7 +98,7 @@ def check_vggish(folder: Path) -> SineCheck:
         If `folder` holds no teacher.
     """
     times = np.arange(3 * vggish.SAMPLE_RATE_HZ) / vggish.SAMPLE_RATE_HZ
-    embedding = Teacher.load(folder)(np.sin(2 * np.pi * 1000 * times).astype(np.float32))
+    embedding = load_teacher(folder)(np.sin(2 * np.pi * 1000 * times).astype(np.float32))
     return SineCheck(float(embedding.mean()), float(embedding.std()))
 
 
@@ -187,14 +189,14 @@ def _export(
             raise TeacherError(f"{out}: cannot be written ({one_line(error)})") from error
         for name, content in (companions or {}).items():
             (staging / name).write_bytes(content)
-        teacher = Teacher.load(staging)
+        teacher = load_teacher(staging)
     return replace(teacher.info, handle=str(out), digest=content_digest(out))
 
 
 def _embed_the_same(new: Teacher, folder: Path) -> bool:
     """Compare embeddings of noise: equal exports may differ in the names of their graphs."""
     try:
-        old = Teacher.load(folder)
+        old = load_teacher(folder)
     except TeacherError:
         return False
     if replace(new.info, handle="", digest="") != replace(old.info, handle="", digest=""):

@@ -1,306 +1,285 @@
-"""Folders that hold a SavedModel: find, download, compare and publish them."""
+"""Load and call teachers: SavedModels that map a mono waveform to one embedding a window.
+
+A model does not declare its windows: they are found by calling the model as a black box. Long
+waveforms are fed in chunks of whole windows, which bounds the memory.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
 import os
-import re
-import shutil
-import sys
-import tarfile
-import tempfile
-import urllib.error
-import urllib.request
-import uuid
-import warnings
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flsep.pipeline.errors import TeacherError
-
-VGGISH_HANDLE = "https://tfhub.dev/google/vggish/1"
-
-_ALIASES = {"vggish": VGGISH_HANDLE}
-_MODEL_FILE = "saved_model.pb"
-# Files of a SavedModel, without fingerprint.pb, which differs between two equal exports.
-_OWN_FILE = re.compile(
-    r"saved_model\.pb|variables/variables\.(index|data-\d+-of-\d+)|assets/(?!\.)([^/]+/)*[^/]*[^/~]"
+from flsep.pipeline.teachers.interface import Teacher, TeacherInfo
+from flsep.pipeline.teachers.model_folder import (
+    content_digest,
+    import_tensorflow,
+    one_line,
 )
-_STALL_SECONDS = 30.0  # without a byte from the server
-_STALE_LOCK_SECONDS = 60  # without progress of another process that downloads the same model
-# TensorFlow's libraries print these lines before any setting can silence them.
-_START_UP_NOISE = re.compile(rb"WARNING: All log messages before absl::|[IW]0000 ")
+
+SAMPLE_RATE_HZ = 16000
+_SHORTEST_PROBE_SAMPLES = SAMPLE_RATE_HZ
+_LONGEST_PROBE_SAMPLES = 64 * SAMPLE_RATE_HZ  # two windows must fit
+_NUM_CHECKED_WINDOWS = 5
+_CHUNK_TOLERANCE = 1e-3  # relative to the largest embedding value
+
+EACH = "each"
+"""Name of an optional function of the model: float32 [waveform, sample] -> [window, dim]."""
 
 
-def import_tensorflow() -> Any:
-    """Import TensorFlow and TensorFlow Hub without messages on stderr; return ``tensorflow``.
+class SavedModelTeacher(Teacher):
+    """A teacher that is a SavedModel; `SavedModelTeacher.load` makes one."""
 
-    Setting ``TF_CPP_MIN_LOG_LEVEL`` turns the messages on again. oneDNN is on, unless
-    ``TF_ENABLE_ONEDNN_OPTS`` is set: its results do not depend on the number of threads.
-    """
-    if "tensorflow_hub" in sys.modules:
-        return sys.modules["tensorflow"]
-    # Worker processes inherit the level that was set here.
-    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    with _start_up_noise_dropped() if quiet else contextlib.nullcontext():
-        import tensorflow as tf
+    def __init__(self, model: _Function, info: TeacherInfo, *, batch_windows: int) -> None:
+        self._model = model
+        self.info = info
+        self.batch_windows = batch_windows
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from pkg_resources, which TensorFlow Hub imports
-            import tensorflow_hub  # noqa: F401
-    return tf
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        folder: Path,
+        *,
+        batch_windows: int,
+        num_threads: int | None,
+        info: TeacherInfo | None,
+    ) -> Self:
+        """Load the SavedModel in a folder; `load_teacher` documents the parameters."""
+        if batch_windows < 1:
+            raise ValueError(f"batch_windows is {batch_windows}, expected 1 or more")
+        tf = import_tensorflow()
+        _configure(tf, num_threads)
+        import tensorflow_hub
 
-
-def resolve(handle: str | os.PathLike[str]) -> Path:
-    """Find the local folder of a teacher's SavedModel; download it if need be.
-
-    Parameters
-    ----------
-    handle : str or path
-        ``"vggish"``, an http(s) address as TensorFlow Hub serves them, the gs address of an
-        archive, or a folder.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder, or its copy in TensorFlow Hub's cache (``TFHUB_CACHE_DIR``).
-
-    Raises
-    ------
-    TeacherError
-        If the folder holds no SavedModel, or the address cannot be downloaded completely.
-    """
-    name = canonical_handle(handle)
-    if "://" not in name:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise TeacherError(
-                f"teacher {name}: found neither such a folder nor an alias "
-                f"({', '.join(_ALIASES)}); expected one of these or an http(s) or gs address"
-            )
-        if not (folder / _MODEL_FILE).is_file():
-            raise TeacherError(
-                f"teacher {name}: the folder is no SavedModel, it has no {_MODEL_FILE}; "
-                "`flsep-precompute teacher export` or `teacher fetch` makes one"
-            )
-        return folder
-    if not name.startswith(("http://", "https://", "gs://")):
-        raise TeacherError(f"teacher {name}: expected an http(s) or gs address, or a folder")
-    tf = import_tensorflow()
-    try:
-        folder = Path(_download(name))
-    except TeacherError as error:
-        raise _unreachable(name, str(error)) from error
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise _unreachable(name, f"HTTP {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise _unreachable(
-            name, one_line(getattr(error.reason, "strerror", None) or error.reason)
-        ) from error
-    except (OSError, http.client.HTTPException, ValueError, tf.errors.OpError) as error:
-        raise _unreachable(name, one_line(error)) from error
-    if not (folder / _MODEL_FILE).is_file():
-        raise TeacherError(
-            f"teacher {name}: its copy {folder} has no {_MODEL_FILE}; delete that folder and retry"
-        )
-    return folder
-
-
-def canonical_handle(handle: str | os.PathLike[str]) -> str:
-    """Return a handle as text; an alias becomes its address."""
-    name = os.fspath(handle)
-    return _ALIASES.get(name, name)
-
-
-def own_files(folder: Path) -> list[str]:
-    """List the files of a SavedModel, sorted, relative to its folder.
-
-    These are ``saved_model.pb`` and the files in ``variables`` and ``assets``, without caches,
-    fingerprints and backup files of editors.
-    """
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if _OWN_FILE.fullmatch(name))
-
-
-def content_digest(folder: Path) -> str:
-    """Return the SHA-256 of names, lengths and bytes of a SavedModel's `own_files`, in hex.
-
-    Raises
-    ------
-    TeacherError
-        If the folder holds no SavedModel.
-    """
-    names = own_files(folder)
-    if _MODEL_FILE not in names:
-        raise TeacherError(f"teacher {folder}: the folder is no SavedModel, no {_MODEL_FILE} in it")
-    digest = hashlib.sha256()
-    for name in names:
-        path = folder / name
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def have_same_content(folder: Path, other: Path) -> bool:
-    """Tell whether two SavedModels are equal byte for byte."""
-    return content_digest(folder) == content_digest(other)
-
-
-@contextlib.contextmanager
-def published_folder(
-    out: Path, is_same: Callable[[Path, Path], bool] = have_same_content
-) -> Iterator[Path]:
-    """Fill a folder beside `out` that is renamed to `out` once it is complete.
-
-    Parameters
-    ----------
-    out : pathlib.Path
-        Missing, empty, or a folder with the same SavedModel, which then stays unchanged.
-    is_same : callable
-        Tells whether the new folder and `out` hold the same model.
-
-    Yields
-    ------
-    pathlib.Path
-        Folder to write a SavedModel into; removed if the block raises.
-
-    Raises
-    ------
-    TeacherError
-        If `out` holds something else or cannot be written.
-    """
-    out = out.absolute()
-    if out.exists() and not out.is_dir():
-        raise TeacherError(f"{out}: found a file, expected a folder or nothing; name another")
-    occupied = out.is_dir() and any(out.iterdir())
-    if occupied and not (out / _MODEL_FILE).is_file():
-        raise TeacherError(f"{out}: the folder is not empty and no SavedModel; name another")
-    staging = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise TeacherError(f"{out}: cannot be written ({error.strerror})") from error
-    try:
-        yield staging
-        if not occupied:
-            staging.rename(out)
-        elif not is_same(staging, out):
-            raise TeacherError(f"{out}: the folder holds another SavedModel; name another")
-    except OSError as error:
-        raise TeacherError(f"{out}: cannot be written ({one_line(error)})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def fetch(handle: str | os.PathLike[str], out: Path) -> Path:
-    """Copy a teacher's SavedModel to a folder, for a machine without internet.
-
-    Parameters
-    ----------
-    handle : str or path
-        Alias, address or folder, as for `resolve`.
-    out : pathlib.Path
-        The new folder, which is also returned.
-
-    Raises
-    ------
-    TeacherError
-        As `resolve` and `published_folder` do.
-    """
-    source = resolve(handle)
-    with published_folder(out) as staging:
-        for name in own_files(source):
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, staging / name)
-    return out
-
-
-def one_line(error: object) -> str:
-    """Format an error as one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _unreachable(handle: str, reason: str) -> TeacherError:
-    return TeacherError(
-        f"teacher {handle}: cannot be downloaded ({reason}); on a machine with internet run "
-        f"`flsep-precompute teacher fetch {handle} FOLDER`, copy FOLDER here and give --teacher "
-        "FOLDER, or build one with `flsep-precompute teacher export musicnn|vggish OUT` and give "
-        "--teacher OUT"
-    )
-
-
-def _download(handle: str) -> str:
-    """Download an address into TensorFlow Hub's cache, unless it is there already."""
-    import tensorflow_hub
-    from tensorflow_hub.compressed_module_resolver import (
-        HttpCompressedFileResolver,
-    )
-
-    if handle.startswith("gs://"):
-        if not handle.endswith((".tar", ".tar.gz", ".tgz")):
-            raise TeacherError("a gs address must name an archive, .tar.gz")
-        return str(tensorflow_hub.resolve(handle))
-
-    with tempfile.TemporaryFile() as archive:
-
-        class CheckedResolver(HttpCompressedFileResolver):
-            """The library's resolver, with a timeout and a check that the archive is complete."""
-
-            def _call_urlopen(self, request: urllib.request.Request) -> IO[bytes]:
-                with urllib.request.urlopen(
-                    request, context=self._context, timeout=_STALL_SECONDS
-                ) as response:
-                    shutil.copyfileobj(response, archive)
-                    announced = response.headers.get("Content-Length")
-                _check_archive(archive, announced)
-                return archive
-
-            def _lock_file_timeout_sec(self) -> int:
-                return _STALE_LOCK_SECONDS
-
-        return str(CheckedResolver()(handle))
-
-
-def _check_archive(archive: IO[bytes], announced: str | None) -> None:
-    """Raise TeacherError unless an archive is complete and holds a SavedModel; rewind it."""
-    num_bytes = archive.tell()
-    if announced is not None and num_bytes != int(announced):
-        raise TeacherError(f"the download broke off after {num_bytes} of {announced} bytes")
-    archive.seek(0)
-    try:
-        with tarfile.open(fileobj=archive, mode="r:*") as tar:
-            names = {os.path.normpath(member.name) for member in tar.getmembers()}
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise TeacherError(
-            f"the {num_bytes} bytes served are no complete tar archive: {one_line(error)}"
-        ) from error
-    if _MODEL_FILE not in names:
-        raise TeacherError(f"the archive served has no {_MODEL_FILE}")
-    archive.seek(0)
-
-
-@contextlib.contextmanager
-def _start_up_noise_dropped() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2, then write all but TensorFlow's noise."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
         try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if not _START_UP_NOISE.match(line):
-                    os.write(2, line)
+            model = tensorflow_hub.load(str(folder))
+        except Exception as error:  # a damaged file may make the loader raise anything
+            raise TeacherError(
+                f"teacher {name}: {folder} cannot be loaded as a SavedModel ({one_line(error)}); "
+                "delete that folder and make or download it again"
+            ) from error
+        function = _Function(name, model)
+        digest = content_digest(folder)
+        if info is not None:
+            return cls(function, replace(info, digest=digest), batch_windows=batch_windows)
+        window_samples, hop_samples, dim = _find_windows(function)
+        info = TeacherInfo(
+            handle=name,
+            digest=digest,
+            sample_rate_hz=SAMPLE_RATE_HZ,
+            dim=dim,
+            window_samples=window_samples,
+            hop_samples=hop_samples,
+        )
+        _check_chunks(function, info)
+        return cls(function, info, batch_windows=batch_windows)
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed a waveform in chunks of whole windows, float32 [sample] to [window, dim]."""
+        if waveform.ndim != 1 or waveform.dtype != np.float32:
+            raise ValueError(
+                f"teacher {self.info.handle}: found a waveform {waveform.dtype} "
+                f"{list(waveform.shape)}, expected float32 [sample]"
+            )
+        if len(waveform) < self.info.window_samples:
+            raise ValueError(
+                f"teacher {self.info.handle}: found a waveform of {len(waveform)} samples, "
+                f"expected at least one window of {self.info.window_samples} "
+                f"at {self.info.sample_rate_hz} Hz"
+            )
+        return _embed_in_chunks(self._model, self.info, waveform, self.batch_windows)
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed short waveforms of one length, in large batches if the model has `EACH`."""
+        info = self.info
+        num_windows = 1 + (waveforms.shape[1] - info.window_samples) // info.hop_samples
+        if not self._model.has_each or num_windows < 1:
+            return np.stack([self(waveform) for waveform in waveforms])
+        at_once = max(1, self.batch_windows // num_windows)
+        parts = [
+            self._model.embed_each(waveforms[first : first + at_once])
+            for first in range(0, len(waveforms), at_once)
+        ]
+        return np.concatenate(parts).reshape(len(waveforms), num_windows, info.dim)
+
+
+class _Function:
+    """The model's function; checks the result of every call."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        if not callable(model):
+            signatures = ", ".join(getattr(model, "signatures", {})) or "none"
+            raise TeacherError(
+                f"teacher {name}: the SavedModel is not callable (its signatures: {signatures}), "
+                "expected a function of float32 [sample]"
+            )
+        self.name = name
+        self._model = model
+        self._tf = import_tensorflow()
+
+    @property
+    def has_each(self) -> bool:
+        """Whether the model takes several waveforms in one call."""
+        return callable(getattr(self._model, EACH, None))
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return float32 [window, dim]: all windows of the first waveform, then of the next."""
+        return self._check(getattr(self._model, EACH)(self._tf.constant(waveforms)), waveforms)
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._check(self._model(self._tf.constant(waveform)), waveform)
+
+    def _check(self, result: Any, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not self._tf.is_tensor(result):
+            raise TeacherError(
+                f"teacher {self.name}: returns a {type(result).__name__}, "
+                "expected one tensor float32 [window, dim]"
+            )
+        if result.dtype != self._tf.float32 or len(result.shape) != 2:
+            raise TeacherError(
+                f"teacher {self.name}: returns {result.dtype.name} {result.shape.as_list()} for "
+                f"float32 {list(waveform.shape)}, expected float32 [window, dim]"
+            )
+        embedding: NDArray[np.float32] = result.numpy()
+        if not np.isfinite(embedding).all():
+            raise TeacherError(
+                f"teacher {self.name}: returns values that are not finite "
+                f"for {waveform.size} samples of audio"
+            )
+        return embedding
+
+    def count_windows(self, waveform: NDArray[np.float32]) -> int:
+        """Count the windows of a probe; 0 if the model refuses it as too short."""
+        try:
+            return len(self(waveform))
+        except TeacherError:
+            raise
+        except Exception:  # every model refuses short input in its own way
+            return 0
+
+    def describe_input(self) -> str:
+        """Describe the input signatures of the SavedModel's function."""
+        functions = getattr(self._model.__call__, "concrete_functions", [])
+        inputs = {str(spec) for f in functions for spec in f.structured_input_signature[0]}
+        return " or ".join(sorted(inputs)) or "nothing known"
+
+
+def _configure(tf: Any, num_threads: int | None) -> None:
+    """Set threads and GPU memory growth, which is possible only before TensorFlow starts."""
+    threading = tf.config.threading
+    # 0 means TensorFlow's default: every core in the process's CPU affinity, whatever its cgroup.
+    running = threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
+    try:
+        for gpu in tf.config.list_physical_devices("GPU"):
+            if not tf.config.experimental.get_memory_growth(gpu):
+                tf.config.experimental.set_memory_growth(gpu, True)
+        if num_threads is not None and num_threads != running:
+            threading.set_intra_op_parallelism_threads(num_threads)
+            threading.set_inter_op_parallelism_threads(1)
+    except RuntimeError as error:
+        raise TeacherError(
+            f"num_threads={num_threads} or GPU memory growth cannot take effect, TensorFlow runs "
+            f"already in this process with {running} threads; load the teacher before anything "
+            "else uses TensorFlow, or in a process of its own"
+        ) from error
+
+
+def _find_windows(function: _Function) -> tuple[int, int, int]:
+    """Find window, hop (both in samples) and dimension by calling the model on noise."""
+    noise = _noise(_LONGEST_PROBE_SAMPLES)
+    long = _SHORTEST_PROBE_SAMPLES
+    while function.count_windows(noise[:long]) < 2:
+        long *= 2
+        if long > _LONGEST_PROBE_SAMPLES:
+            raise _refusal(function, noise)
+    window_samples = _fewest_samples(function, noise[:long], 1)
+    two_windows = _fewest_samples(function, noise[:long], 2, more_than=window_samples)
+    dim = function(noise[:window_samples]).shape[1]
+    return window_samples, two_windows - window_samples, dim
+
+
+def _fewest_samples(
+    function: _Function, noise: NDArray[np.float32], num_windows: int, more_than: int = 0
+) -> int:
+    """Find by bisection the shortest beginning of `noise` that gives `num_windows`."""
+    low, high = more_than, len(noise)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if function.count_windows(noise[:middle]) >= num_windows:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _refusal(function: _Function, noise: NDArray[np.float32]) -> TeacherError:
+    """Return the error for a model that gives fewer than two windows for the longest probe."""
+    try:
+        found = f"gives {len(function(noise))} windows for {len(noise)} samples, expected 2 or more"
+        cause = None
+    except Exception as error:
+        found = (
+            f"takes {function.describe_input()}, expected float32 [sample] "
+            f"(calling it with that: {one_line(error)})"
+        )
+        cause = error
+    refusal = TeacherError(f"teacher {function.name}: {found}")
+    refusal.__cause__ = cause
+    return refusal
+
+
+def _check_chunks(function: _Function, info: TeacherInfo) -> None:
+    """Raise TeacherError unless chunks of two windows give what the whole gives."""
+    num_samples = info.window_samples + _NUM_CHECKED_WINDOWS * info.hop_samples - 1
+    waveform = _noise(num_samples)
+    whole = function(waveform)
+    if len(whole) != _NUM_CHECKED_WINDOWS:
+        raise TeacherError(
+            f"teacher {info.handle}: gives {len(whole)} windows for {num_samples} samples, "
+            f"expected {_NUM_CHECKED_WINDOWS} of {info.window_samples} samples, one every "
+            f"{info.hop_samples}"
+        )
+    difference = np.abs(whole - _embed_in_chunks(function, info, waveform, 2)).max()
+    largest = np.abs(whole).max()
+    if function.has_each:
+        each = function.embed_each(np.stack([waveform, -waveform]))[:_NUM_CHECKED_WINDOWS]
+        if each.shape != whole.shape or np.abs(each - whole).max() > _CHUNK_TOLERANCE * largest:
+            raise TeacherError(
+                f"teacher {info.handle}: its function {EACH!r} gives other embeddings than the "
+                "teacher itself; expected those of the first waveform, then those of the next"
+            )
+    if difference > _CHUNK_TOLERANCE * largest:
+        raise TeacherError(
+            f"teacher {info.handle}: is not shift-invariant, chunks of audio give embeddings that "
+            f"differ by {difference:.3g} of {largest:.3g}; expected windows that depend on their "
+            f"own {info.window_samples} samples alone"
+        )
+
+
+def _embed_in_chunks(
+    function: _Function, info: TeacherInfo, waveform: NDArray[np.float32], batch_windows: int
+) -> NDArray[np.float32]:
+    window_samples, hop_samples = info.window_samples, info.hop_samples
+    num_windows = 1 + (len(waveform) - window_samples) // hop_samples
+    embedding = np.empty((num_windows, info.dim), np.float32)
+    for first in range(0, num_windows, batch_windows):
+        stop = min(first + batch_windows, num_windows)
+        chunk = waveform[first * hop_samples : (stop - 1) * hop_samples + window_samples]
+        part = function(chunk)
+        if part.shape != (stop - first, info.dim):
+            raise TeacherError(
+                f"teacher {info.handle}: returns {list(part.shape)} for {len(chunk)} samples, "
+                f"expected {[stop - first, info.dim]}"
+            )
+        embedding[first:stop] = part
+    return embedding
+
+
+def _noise(num_samples: int) -> NDArray[np.float32]:
+    return 0.1 * np.random.default_rng(0).standard_normal(num_samples, dtype=np.float32)

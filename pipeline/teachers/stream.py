@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from flsep.pipeline.features import MonoStream, Pieces, activity_db
 from flsep.pipeline.stopwatch import Stopwatch
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.interface import Teacher
 
 
 class EmbeddingStream:

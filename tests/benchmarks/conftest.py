@@ -97,8 +97,8 @@ def bench_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) 
 def bench_vggish(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return VGGish with random weights: what it costs does not depend on them."""
     from flsep.pipeline.teachers import export, vggish
-    from flsep.pipeline.teachers.savedmodel import import_tensorflow
-    from flsep.pipeline.teachers.teacher import EACH
+    from flsep.pipeline.teachers.model_folder import import_tensorflow
+    from flsep.pipeline.teachers.savedmodel import EACH
 
     rng = np.random.default_rng(0)
     variables = {

@@ -8,8 +8,9 @@ import pytest
 
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers import export, vggish
-from flsep.pipeline.teachers.savedmodel import import_tensorflow
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.interface import Teacher
+from flsep.pipeline.teachers.loading import load_teacher
+from flsep.pipeline.teachers.model_folder import import_tensorflow
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +77,7 @@ def musicnn_teacher(musicnn_wheel: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def musicnn(musicnn_teacher: Path) -> Teacher:
     """The demo's teacher, loaded once."""
-    return Teacher.load(musicnn_teacher)
+    return load_teacher(musicnn_teacher)
 
 
 @pytest.fixture

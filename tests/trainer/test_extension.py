@@ -62,9 +62,9 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(cls, handle: str) -> "Teacher":
             return cls()
 
-    module = ModuleType("flsep.pipeline.teachers.teacher")
-    module.Teacher = Teacher  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.teacher", module)
+    module = ModuleType("flsep.pipeline.teachers.loading")
+    module.load_teacher = Teacher.load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.loading", module)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1")
 
 

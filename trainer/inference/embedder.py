@@ -44,14 +44,14 @@ def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | Non
             )
         return None
     try:
-        pipeline = importlib.import_module("flsep.pipeline.teachers.teacher")
+        pipeline = importlib.import_module("flsep.pipeline.teachers.loading")
         importlib.metadata.version("tensorflow-hub")
     except ImportError as error:
         raise InferenceError(
             f"a model trained with {separator.config.approach.name} needs its teacher to separate, "
             f"and {error.name} is not installed: run `pip install flsep[pipeline]`"
         ) from error
-    loaded = pipeline.Teacher.load(teacher or layout.teacher)
+    loaded = pipeline.load_teacher(teacher or layout.teacher)
     if loaded.info.digest != layout.teacher_digest:
         raise InferenceError(
             f"the teacher {loaded.info.handle} has the digest {loaded.info.digest[:12]}..., the "

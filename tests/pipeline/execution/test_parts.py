@@ -23,7 +23,7 @@ from flsep.pipeline.shards import track as track_module
 from flsep.pipeline.shards.plan import ShardTask, plan_shards
 from flsep.pipeline.shards.run import shards_stage
 from flsep.pipeline.shards.settings import ShardSettings
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.loading import load_teacher
 
 RATE_HZ = 16000
 OPTIONS = ["--sample-rate", str(RATE_HZ), "--n-fft", "512", "--hop", "128", "--sources", "a,b"]
@@ -172,7 +172,7 @@ def test_the_same_part_twice_at_once_corrupts_nothing(
         folder=folder,
         config=config,
         sources=found.sources,
-        teacher=Teacher.load(tiny_teacher).info,
+        teacher=load_teacher(tiny_teacher).info,
         teacher_folder=tiny_teacher,
         num_threads=None,
     )

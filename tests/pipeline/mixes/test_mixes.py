@@ -23,7 +23,7 @@ from flsep.cache import Grid, Mixes, MixesFile, Shards
 from flsep.cache import mixes_file as mixes
 from flsep.pipeline.cli import cli
 from flsep.pipeline.execution.stage import TaskReport
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.loading import load_teacher
 from flsep.trainer.config import DataConfig
 from flsep.trainer.data.batch import assemble
 from flsep.trainer.data.excerpts import draw_excerpts
@@ -85,7 +85,7 @@ def test_the_teacher_hears_what_the_trainer_mixes(
     assert result.exit_code == 0, result.output
     assert "2 epochs of 15, 0.1 minutes each: 2 sources from 3 tracks (train)" in result.output
     assert "rendered 30 mixes" in result.output
-    opened, teacher = Shards(shards), Teacher.load(str(tiny_teacher))
+    opened, teacher = Shards(shards), load_teacher(str(tiny_teacher))
     excerpts = Mixes(tmp_path / "mixes").of(opened)
     reader = Reader(opened, Grid(opened.layout, 0.55), None)
     (batch,) = load_batches(reader, excerpts, epoch=1, batch_size=15, num_workers=0)

@@ -26,7 +26,7 @@ from flsep.pipeline.cli import cli
 from flsep.pipeline.execution.cluster import ClusterSettings, start_cluster
 from flsep.pipeline.execution.runners import run_inline
 from flsep.pipeline.shards import track as track_module
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.loading import load_teacher
 
 RATE_HZ = 16000
 OPTIONS = ["--sample-rate", str(RATE_HZ), "--n-fft", "512", "--hop", "128", "--sources", "a,b"]
@@ -76,7 +76,7 @@ def test_shards_hold_what_librosa_and_the_teacher_give(
     result = run(corpus, tmp_path / "shards", "--stft-dtype", "float32")
     assert result.exit_code == 0, result.output
     shards = Shards(tmp_path / "shards")
-    teacher = Teacher.load(str(tiny_teacher))
+    teacher = load_teacher(str(tiny_teacher))
     for split, names in {"train": ["one", "three", "two"], "valid": ["four"]}.items():
         assert [track.name for track in shards.tracks(split)] == names
     for track in (*shards.tracks("train"), *shards.tracks("test")):

@@ -7,7 +7,7 @@ import pytest
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers import export, vggish
 from flsep.pipeline.teachers.export import export_musicnn, export_vggish
-from flsep.pipeline.teachers.savedmodel import content_digest, import_tensorflow
+from flsep.pipeline.teachers.model_folder import content_digest, import_tensorflow
 
 
 def save_checkpoint(prefix: Path, shapes: dict[str, tuple[int, ...]]) -> Path:

@@ -6,7 +6,7 @@ from flsep.pipeline.corpus.media import AudioStream, decode
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers import musicnn as network
 from flsep.pipeline.teachers.export import musicnn_tags
-from flsep.pipeline.teachers.savedmodel import import_tensorflow
+from flsep.pipeline.teachers.model_folder import import_tensorflow
 
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")
 

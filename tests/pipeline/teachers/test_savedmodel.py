@@ -1,352 +1,266 @@
-import hashlib
-import http.server
-import io
-import os
 import shutil
-import socket
-import tarfile
-import threading
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from flsep.pipeline.errors import TeacherError
 from flsep.pipeline.teachers import savedmodel
-from flsep.pipeline.teachers.savedmodel import (
-    VGGISH_HANDLE,
-    canonical_handle,
-    content_digest,
-    fetch,
-    published_folder,
-    resolve,
+from flsep.pipeline.teachers.interface import TeacherInfo
+from flsep.pipeline.teachers.loading import load_teacher
+from flsep.pipeline.teachers.model_folder import content_digest, import_tensorflow
+
+
+def noise(num_samples: int, seed: int = 1) -> np.ndarray:
+    return 0.1 * np.random.default_rng(seed).standard_normal(num_samples, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_teacher):
+    return load_teacher(tiny_teacher)
+
+
+# --- what a teacher says about itself -------------------------------------------------------------
+
+
+def test_info(tiny, tiny_teacher):
+    assert tiny.info == TeacherInfo(
+        handle=str(tiny_teacher),
+        digest=content_digest(tiny_teacher),
+        sample_rate_hz=16000,
+        dim=8,
+        window_samples=1600,
+        hop_samples=1600,
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "hop"), [(2000, 700), (1000, 1500), (400, 160), (40000, 100), (1, 20000)]
 )
-from flsep.pipeline.teachers.teacher import Teacher
-
-WAYS_OUT = r"teacher fetch .* FOLDER`.*teacher export musicnn\|vggish OUT` and give --teacher OUT$"
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """A server that speaks TensorFlow Hub's protocol, or breaks it."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.status, self.body, self.num_announced, self.stalls = 200, b"", None, False
-        self.requests = []
-        self.done = threading.Event()
-
-    @property
-    def handle(self):
-        return f"http://127.0.0.1:{self.server_port}/google/tiny/1"
+def test_windowing_is_found(build_tiny_teacher, tmp_path, window, hop):
+    info = load_teacher(build_tiny_teacher(tmp_path / "teacher", 2, window, hop)).info
+    assert (info.window_samples, info.hop_samples, info.dim) == (window, hop, 2)
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub = self.server
-        hub.requests.append(self.path)
-        self.send_response(hub.status)
-        self.send_header("Content-Length", str(hub.num_announced or len(hub.body)))
-        self.end_headers()
-        self.wfile.write(hub.body)
-        if hub.stalls:
-            self.wfile.flush()
-            hub.done.wait(30)
-
-    def log_message(self, *_):
-        pass
+# --- embedding ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tfhub_cache):
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.done.set()
-        server.shutdown()
-        thread.join()
+@pytest.mark.parametrize("batch_windows", [1, 3, 7, 128])
+def test_chunks_give_what_single_windows_give(build_tiny_teacher, tmp_path, batch_windows):
+    window, hop = 2000, 700
+    folder = build_tiny_teacher(tmp_path / "teacher", 8, window, hop)
+    teacher = load_teacher(folder, batch_windows=batch_windows)
+    model = import_tensorflow().saved_model.load(str(folder))
+    waveform = noise(window + 6 * hop)
+    expected = np.concatenate(
+        [model(waveform[start : start + window]).numpy() for start in range(0, 6 * hop + 1, hop)]
+    )
+    assert expected.shape == (7, 8)
+    np.testing.assert_allclose(teacher(waveform), expected, atol=1e-5)
 
 
-def pack(folder: Path, mode: str = "w:gz", skip: str = "") -> bytes:
-    """An archive as TensorFlow Hub serves it; the variables, the bulk, come last."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name in ["variables", *savedmodel.own_files(folder)]:
-            if name != skip:
-                tar.add(folder / name, f"./{name}", recursive=False)
-    return buffer.getvalue()
+@pytest.mark.parametrize(
+    ("num_samples", "num_windows"), [(1600, 1), (3199, 1), (3200, 2), (160_001, 100)]
+)
+def test_windows_that_lie_inside_count(tiny, num_samples, num_windows):
+    embedding = tiny(noise(num_samples))
+    assert embedding.shape == (num_windows, 8)
+    assert embedding.dtype == np.float32
 
 
-def only_line(error: pytest.ExceptionInfo) -> str:
+def test_the_model_never_sees_more_than_a_batch(tiny_teacher, monkeypatch):
+    seen = []
+    teacher = load_teacher(tiny_teacher, batch_windows=4)
+    call = savedmodel._Function.__call__
+    monkeypatch.setattr(
+        savedmodel._Function, "__call__", lambda f, x: seen.append(len(x)) or call(f, x)
+    )
+    teacher(noise(10 * 1600 + 5))
+    assert seen == [4 * 1600, 4 * 1600, 2 * 1600]
+
+
+def test_quiet_and_loud_audio_differ(tiny):
+    assert not np.allclose(tiny(noise(1600)), tiny(2 * noise(1600)))
+
+
+@pytest.mark.parametrize(
+    ("waveform", "match"),
+    [
+        (noise(1599), r"1599 samples, expected at least one window of 1600 at 16000 Hz"),
+        (np.zeros(1600), r"waveform float64 \[1600\], expected float32 \[sample\]"),
+        (noise(1600)[None], r"waveform float32 \[1, 1600\], expected float32 \[sample\]"),
+    ],
+)
+def test_waveform_that_cannot_be_embedded(tiny, waveform, match):
+    with pytest.raises(ValueError, match=match):
+        tiny(waveform)
+
+
+def test_nan_in_is_not_nan_out(tiny):
+    waveform = noise(3200)
+    waveform[7] = np.nan
+    with pytest.raises(TeacherError, match="not finite"):
+        tiny(waveform)
+
+
+# --- what is no teacher ---------------------------------------------------------------------------
+
+
+def frames(waveform):
+    return import_tensorflow().signal.frame(waveform, 1600, 1600)
+
+
+IMPOSTORS = {
+    "vector": (lambda x: x, r"returns float32 \[16000\] for float32 \[16000\]"),
+    "double": (lambda x: import_tensorflow().cast(frames(x), "float64"), r"returns float64 \["),
+    "pair": (lambda x: (x, x), r"returns a tuple, expected one tensor"),
+    "named": (lambda x: {"embedding": frames(x)}, r"returns a \w+, expected one tensor"),
+    "infinite": (lambda x: frames(x) / 0.0, r"not finite"),
+    "clip": (
+        lambda x: import_tensorflow().reduce_mean(frames(x), axis=0, keepdims=True),
+        r"gives 1 windows for 1024000 samples, expected 2 or more",
+    ),
+    "normalised": (
+        lambda x: frames(x / import_tensorflow().reduce_max(x[-1600:])),
+        r"is not shift-invariant, chunks",
+    ),
+    "padded": (
+        lambda x: import_tensorflow().signal.frame(x, 1600, 800, pad_end=True),
+        r"is not shift-invariant, chunks",
+    ),
+    "capped": (
+        lambda x: frames(x)[:3],
+        r"gives 3 windows for 9599 samples, expected 5 of 1600 samples, one every 1600",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_function_that_is_no_teacher(save_function, tmp_path, name):
+    function, match = IMPOSTORS[name]
+    folder = save_function(tmp_path / name, function)
+    with pytest.raises(TeacherError, match=f"^teacher {folder}: .*{match}") as error:
+        load_teacher(folder)
     assert "\n" not in str(error.value)
-    return str(error.value)
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
-def test_digest_covers_names_and_bytes_of_own_files_in_order(tmp_path):
-    files = {"assets/deep/words.txt": b"words", "saved_model.pb": b"graph"}
-    files |= {"variables/variables.data-00000-of-00001": b"123", "variables/variables.index": b""}
-    for name, content in reversed(files.items()):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    joined = b"".join(b"%s\0%d\0%s" % (n.encode(), len(c), c) for n, c in files.items())
-    expected = hashlib.sha256(joined).hexdigest()
-    assert content_digest(tmp_path) == expected
-
-    for name in ("fingerprint.pb", "LICENSE.md", "assets/.words.swp", "assets/words.txt~"):
-        (tmp_path / name).write_bytes(b"not the model's own")
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "saved_model.pb").write_bytes(b"neither")
-    assert content_digest(tmp_path) == expected
-
-    (tmp_path / "variables/variables.index").write_bytes(b"4")
-    assert content_digest(tmp_path) != expected
-
-
-def test_digest_needs_a_saved_model(tmp_path):
-    with pytest.raises(TeacherError, match=r"no SavedModel, no saved_model\.pb in it"):
-        content_digest(tmp_path)
-
-
-def test_alias_and_folder():
-    assert canonical_handle("vggish") == VGGISH_HANDLE
-    assert canonical_handle(Path("teachers/vggish")) == "teachers/vggish"
-
-
-def test_folder_resolves_to_itself(tiny_teacher):
-    assert resolve(str(tiny_teacher)) == tiny_teacher
-
-
-@pytest.mark.parametrize(
-    ("handle", "match"),
-    [
-        ("vgish", r"neither such a folder nor an alias \(vggish\)"),
-        ("ftp://server/model", "expected an http"),
-        ("gs://bucket/model", "must name an archive"),
-    ],
-)
-def test_handle_that_means_nothing(handle, match):
-    with pytest.raises(TeacherError, match=f"^teacher {handle}: .*{match}") as error:
-        resolve(handle)
-    only_line(error)
-
-
-def test_folder_without_a_model(tmp_path):
-    with pytest.raises(TeacherError, match=r"no SavedModel, it has no saved_model\.pb") as error:
-        resolve(tmp_path)
-    only_line(error)
-
-
-# --- addresses ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w"])
-def test_address_is_downloaded_once(hub, tfhub_cache, tiny_teacher, mode):
-    hub.body = pack(tiny_teacher, mode)
-    folder = resolve(hub.handle)
-    assert folder.parent == tfhub_cache
-    assert content_digest(folder) == content_digest(tiny_teacher)
-    assert hub.requests == ["/google/tiny/1?tf-hub-format=compressed"]
-
-    hub.status = 500
-    assert resolve(hub.handle) == folder
-    assert len(hub.requests) == 1
-
-
-def test_downloaded_teacher_embeds_as_the_folder_does(hub, tiny_teacher):
-    hub.body = pack(tiny_teacher)
-    downloaded, local = Teacher.load(hub.handle), Teacher.load(tiny_teacher)
-    assert downloaded.info.handle == hub.handle
-    assert downloaded.info.digest == local.info.digest
-    waveform = np.random.default_rng(1).standard_normal(8000, dtype=np.float32)
-    np.testing.assert_array_equal(downloaded(waveform), local(waveform))
-
-
-def break_off(hub, archive):
-    hub.body, hub.num_announced = archive[:-100], len(archive)
-
-
-def serve_half(hub, archive):
-    hub.body = archive[: len(archive) // 2]
-
-
-def serve_all_but_the_end(hub, archive):
-    hub.body = archive[:-2000]
-
-
-def serve_page(hub, archive):
-    hub.body = b"<html>log in</html>"
-
-
-def serve_nothing(hub, archive):
-    hub.body = b""
-
-
-def serve_404(hub, archive):
-    hub.status = 404
-
-
-def serve_500(hub, archive):
-    hub.status = 500
-
-
-@pytest.mark.parametrize(
-    ("harm", "match"),
-    [
-        (break_off, r"broke off after \d+ of \d+ bytes"),
-        (serve_half, r"no complete tar archive"),
-        (serve_all_but_the_end, r"no complete tar archive"),
-        (serve_page, r"19 bytes served are no complete tar archive"),
-        (serve_nothing, r"0 bytes served are no complete tar archive"),
-        (serve_404, r"HTTP 404 Not Found"),
-        (serve_500, r"HTTP 500 Internal Server Error"),
-    ],
-)
-def test_broken_download_leaves_nothing_and_can_be_repeated(
-    hub, tfhub_cache, tiny_teacher, harm, match
-):
-    hub.body = archive = pack(tiny_teacher)
-    harm(hub, archive)
-    with pytest.raises(TeacherError, match=f"{match}.*{WAYS_OUT}") as error:
-        resolve(hub.handle)
-    assert hub.handle in only_line(error)
-    assert not list(tfhub_cache.iterdir())
-
-    hub.status, hub.body, hub.num_announced = 200, archive, None
-    assert content_digest(resolve(hub.handle)) == content_digest(tiny_teacher)
-
-
-def test_plain_archive_cut_in_its_last_file(hub, tiny_teacher):
-    hub.body = pack(tiny_teacher, "w")[:-11000]  # the library takes this as good
-    with pytest.raises(TeacherError, match="no complete tar archive"):
-        resolve(hub.handle)
-
-
-def test_archive_without_a_model(hub, tfhub_cache, tiny_teacher):
-    hub.body = pack(tiny_teacher, skip="saved_model.pb")
-    with pytest.raises(TeacherError, match=r"the archive served has no saved_model\.pb"):
-        resolve(hub.handle)
-    assert not list(tfhub_cache.iterdir())
-
-
-def test_server_that_stalls(hub, tfhub_cache, tiny_teacher, monkeypatch):
-    monkeypatch.setattr(savedmodel, "_STALL_SECONDS", 0.2)
-    hub.body = pack(tiny_teacher)
-    hub.num_announced, hub.stalls = len(hub.body) + 1, True
-    with pytest.raises(TeacherError, match=f"timed out.*{WAYS_OUT}") as error:
-        resolve(hub.handle)
-    only_line(error)
-    assert not list(tfhub_cache.iterdir())
-
-
-def test_no_server(tfhub_cache):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        handle = f"http://127.0.0.1:{unused.getsockname()[1]}/google/vggish/1"
-        with pytest.raises(TeacherError, match=f"{handle}: .*refused.*{WAYS_OUT}") as error:
-            resolve(handle)
-    only_line(error)
-    assert not list(tfhub_cache.iterdir())
-
-
-def test_lock_of_a_killed_download_is_taken_over(hub, tfhub_cache, tiny_teacher, monkeypatch):
-    hub.body = pack(tiny_teacher)
-    tfhub_cache.mkdir()
-    name = hashlib.sha1(hub.handle.encode()).hexdigest()
-    (tfhub_cache / f"{name}.lock").write_text("elsewhere.1.deadbeef")
-    monkeypatch.setattr(savedmodel, "_STALE_LOCK_SECONDS", 0)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    assert content_digest(resolve(hub.handle)) == content_digest(tiny_teacher)
-
-
-def test_emptied_cache_folder_is_named(hub, tiny_teacher):
-    hub.body = pack(tiny_teacher)
-    folder = resolve(hub.handle)
-    (folder / "saved_model.pb").unlink()
-    with pytest.raises(TeacherError, match=f"{folder} has no saved_model.pb; delete that folder"):
-        resolve(hub.handle)
-
-
-# --- copies ---------------------------------------------------------------------------------------
-
-
-def test_fetch_copies_the_model_alone(tiny_teacher, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(tiny_teacher, source)
-    (source / "notes.txt").write_text("mine")
-    out = tmp_path / "deep" / "copy"
-    assert fetch(source, out) == out
-    assert content_digest(out) == content_digest(source)
-    assert not (out / "notes.txt").exists()
-    assert fetch(source, out) == out  # the same once more
-    assert [path.name for path in out.parent.iterdir()] == ["copy"]
-
-
-def test_fetch_does_not_replace_another_model(tiny_teacher, build_tiny_teacher, tmp_path):
-    other = build_tiny_teacher(tmp_path / "other", dim=4)
-    before = content_digest(other)
-    with pytest.raises(TeacherError, match=f"^{other}: the folder holds another SavedModel"):
-        fetch(tiny_teacher, other)
-    assert content_digest(other) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-@pytest.mark.parametrize(
-    ("out", "match"),
-    [
-        ("full", "not empty and no SavedModel"),
-        ("full/file", "found a file"),
-        ("full/file/copy", "cannot be written"),
-    ],
-)
-def test_fetch_into_an_impossible_place(tiny_teacher, tmp_path, out, match):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
+def test_function_of_something_else(save_function, tmp_path):
+    tf = import_tensorflow()
+    spec = tf.TensorSpec([None, 3], tf.int32, name="image")
+    folder = save_function(tmp_path / "image", lambda image: image, spec)
+    match = (
+        r"takes TensorSpec\(shape=\(None, 3\), dtype=tf\.int32, name='image'\), expected float32"
+    )
     with pytest.raises(TeacherError, match=match) as error:
-        fetch(tiny_teacher, tmp_path / out)
-    only_line(error)
-    assert (tmp_path / "full" / "file").read_text() == "mine"
+        load_teacher(folder)
+    assert "\n" not in str(error.value)
 
 
-def write_half(out: Path, failure: BaseException) -> None:
-    with published_folder(out) as staging:
-        (staging / "saved_model.pb").write_bytes(b"half")
-        raise failure
+def test_model_that_is_not_callable(tmp_path):
+    tf = import_tensorflow()
+    module = tf.Module()
+    function = tf.function(lambda x: {"y": x}, input_signature=[tf.TensorSpec([None], tf.float32)])
+    tf.saved_model.save(module, str(tmp_path / "model"), signatures={"serving_default": function})
+    match = r"not callable \(its signatures: serving_default\)"
+    with pytest.raises(TeacherError, match=match) as error:
+        load_teacher(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("failure", "raised"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left"), TeacherError)],
+    ("file", "harm"),
+    [
+        ("saved_model.pb", lambda content: content[: len(content) // 2]),
+        ("saved_model.pb", lambda content: b"<html>"),
+        ("saved_model.pb", lambda content: b""),
+        ("variables/variables.index", lambda content: content[:-1]),
+    ],
 )
-def test_nothing_is_published_by_halves(tmp_path, failure, raised):
-    with pytest.raises(raised):
-        write_half(tmp_path / "out", failure)
-    assert not list(tmp_path.iterdir())
+def test_damaged_folder(tiny_teacher, tmp_path, file, harm):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    (folder / file).write_bytes(harm((folder / file).read_bytes()))
+    match = f"^teacher {folder}: {folder} cannot be loaded as a SavedModel .*; delete that folder"
+    with pytest.raises(TeacherError, match=match) as error:
+        load_teacher(folder)
+    assert "\n" not in str(error.value)
 
 
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    with published_folder(tmp_path / "out") as staging:
-        (staging / "saved_model.pb").write_bytes(b"graph")
-    assert (tmp_path / "out" / "saved_model.pb").read_bytes() == b"graph"
+def test_batch_of_nothing(tiny_teacher):
+    with pytest.raises(ValueError, match="batch_windows is 0, expected 1 or more"):
+        load_teacher(tiny_teacher, batch_windows=0)
 
 
-# --- TensorFlow's messages ------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
+
+EMBED = """
+import sys
+import numpy as np
+from flsep.pipeline.teachers.loading import load_teacher
+teacher = load_teacher(sys.argv[1], num_threads=1)
+embedding = teacher(np.load(sys.argv[2]))
+np.save(sys.argv[3], embedding)
+"""
 
 
-def test_start_up_noise_alone_is_dropped(capfd):
-    with savedmodel._start_up_noise_dropped():
-        os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are\n")
-        os.write(2, b"I0000 00:00:1795409882.392655 7730 cudart_stub.cc:31] no cuda drivers\n")
-        os.write(2, b"E0000 00:00:1795409882.392655 7730 cuda.cc:1] a broken driver\n")
-        os.write(2, b"of another thread\n")
-    os.write(2, b"later\n")
-    _, stderr = capfd.readouterr()
-    assert [line.split("] ")[-1] for line in stderr.splitlines()] == [
-        "a broken driver",
-        "of another thread",
-        "later",
-    ]
+@pytest.fixture(scope="module")
+def other_process(musicnn_teacher, tmp_path_factory):
+    """Embed 9 s of noise with a real network in another process, on one thread."""
+    folder = tmp_path_factory.mktemp("process")
+    waveform = noise(9 * 16000)
+    np.save(folder / "waveform.npy", waveform)
+    paths = [musicnn_teacher, folder / "waveform.npy", folder / "embedding.npy"]
+    command = [sys.executable, "-W", "error", "-c", EMBED, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done, waveform, np.load(folder / "embedding.npy")
+
+
+def test_processes_and_threads_agree_to_the_bit(other_process, musicnn):
+    _, waveform, embedding = other_process
+    np.testing.assert_array_equal(musicnn(waveform), embedding)
+
+
+def test_loading_prints_nothing(other_process):
+    done, *_ = other_process
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_threads_cannot_be_set_once_tensorflow_runs(tiny_teacher):
+    match = r"num_threads=63 or GPU .*with \d+ threads; load the teacher before"
+    with pytest.raises(ValueError, match=match) as error:
+        load_teacher(tiny_teacher, num_threads=63)
+    assert "\n" not in str(error.value)
+
+
+def test_tensorflow_is_imported_when_needed_only():
+    modules = "flsep.pipeline.teachers.loading, flsep.pipeline.teachers.export, sys"
+    code = f"import {modules}; sys.exit('tensorflow' in sys.modules or 'librosa' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_waveforms_of_a_teacher_that_takes_one(tiny):
+    waveforms = np.random.default_rng(0).uniform(-0.5, 0.5, (3, 4000)).astype(np.float32)
+    found = tiny.embed_each(waveforms)
+    assert found.shape == (3, 2, 8)
+    assert np.array_equal(found, np.stack([tiny(waveform) for waveform in waveforms]))
+    with pytest.raises(ValueError, match="expected at least one window"):
+        tiny.embed_each(waveforms[:, :100])
+
+
+def test_a_function_for_several_waveforms_must_agree(tmp_path):
+    tf = import_tensorflow()
+    module = tf.Module()
+
+    def embed(waveform):
+        return tf.signal.frame(waveform, 800, 800)[:, :4]
+
+    module.__call__ = tf.function(embed, input_signature=[tf.TensorSpec([None], tf.float32)])
+    module.each = tf.function(
+        lambda waveforms: 2 * tf.reshape(tf.signal.frame(waveforms, 800, 800)[..., :4], [-1, 4]),
+        input_signature=[tf.TensorSpec([None, None], tf.float32)],
+    )
+    tf.saved_model.save(module, str(tmp_path / "teacher"))
+    with pytest.raises(TeacherError, match="its function 'each' gives other embeddings"):
+        load_teacher(tmp_path / "teacher")

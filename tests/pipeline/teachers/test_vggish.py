@@ -3,13 +3,13 @@ import pytest
 
 from flsep.pipeline.teachers import vggish
 from flsep.pipeline.teachers.export import SineCheck, check_vggish
-from flsep.pipeline.teachers.savedmodel import import_tensorflow
-from flsep.pipeline.teachers.teacher import Teacher
+from flsep.pipeline.teachers.loading import load_teacher
+from flsep.pipeline.teachers.model_folder import import_tensorflow
 
 
 @pytest.fixture(scope="module")
 def teacher(vggish_teacher):
-    return Teacher.load(vggish_teacher)
+    return load_teacher(vggish_teacher)
 
 
 def relative_error(found, expected):

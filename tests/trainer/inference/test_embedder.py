@@ -64,9 +64,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
             def __call__(self, waveform: np.ndarray) -> np.ndarray:
                 return teacher(waveform)
 
-        module = ModuleType("flsep.pipeline.teachers.teacher")
-        module.Teacher = Teacher  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.teacher", module)
+        module = ModuleType("flsep.pipeline.teachers.loading")
+        module.load_teacher = Teacher.load  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.loading", module)
         monkeypatch.setattr(importlib.metadata, "version", lambda name: "1")
         return asked
 
@@ -98,7 +98,7 @@ def test_another_teacher_is_refused(separator: Any, pipeline: Callable[[str], li
 
 
 def test_a_missing_pipeline_is_one_line(separator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.teacher", None)
+    monkeypatch.setitem(sys.modules, "flsep.pipeline.teachers.loading", None)
     with pytest.raises(InferenceError, match=r"needs its teacher .*`pip install flsep.pipeline"):
         load_embedder(separator, None)
 

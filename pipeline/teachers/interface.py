@@ -1,0 +1,89 @@
+"""The interface of a teacher: a model that maps mono waveforms to one embedding a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherInfo:
+    """Identity of a teacher, and how it cuts audio into windows.
+
+    Attributes
+    ----------
+    handle : str
+        Address or folder that the teacher was loaded from.
+    digest : str
+        `content_digest` of its folder.
+    sample_rate_hz : int
+        Sample rate of its input.
+    dim : int
+        Dimension of an embedding.
+    window_samples, hop_samples : int
+        Window ``w`` covers ``window_samples`` samples from ``w * hop_samples``.
+    """
+
+    handle: str
+    digest: str
+    sample_rate_hz: int
+    dim: int
+    window_samples: int
+    hop_samples: int
+
+
+class Teacher:
+    """Base class of loaded teachers; `flsep.pipeline.teachers.loading` makes them.
+
+    Attributes
+    ----------
+    info : TeacherInfo
+        Identity and windows.
+    batch_windows : int
+        Largest number of windows in one call of the model.
+    """
+
+    info: TeacherInfo
+    batch_windows: int
+
+    def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed a waveform.
+
+        Parameters
+        ----------
+        waveform : float32 [sample]
+            Mono, at ``info.sample_rate_hz``, in -1..1.
+
+        Returns
+        -------
+        float32 [window, dim]
+            One embedding for each window that lies inside the waveform, at least one.
+
+        Raises
+        ------
+        TeacherError
+            If an embedding is not finite.
+        """
+        raise NotImplementedError
+
+    def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed short waveforms of one length, in larger batches if the model can.
+
+        Parameters
+        ----------
+        waveforms : float32 [waveform, sample]
+            Mono, at ``info.sample_rate_hz``, in -1..1, at least one window long.
+
+        Returns
+        -------
+        float32 [waveform, window, dim]
+            One embedding for each window that lies inside a waveform.
+
+        Raises
+        ------
+        TeacherError
+            If an embedding is not finite.
+        """
+        return np.stack([self(waveform) for waveform in waveforms])
