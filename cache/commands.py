@@ -59,6 +59,8 @@ class CommandGroup(click.Group):
         match error:
             case FlsepError():
                 text = " ".join([str(error), *getattr(error, "__notes__", [])])
+            case MemoryError():
+                text = "out of memory; use fewer workers, smaller batches, or a larger machine"
             case OSError():
                 text = explain_os_error(error)
             case ModuleNotFoundError(name=str(name)) if name.partition(".")[0] != "flsep":

@@ -55,7 +55,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinity raise ValueError."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, f"{text}\n")
+    # Names of files may hold bytes that are not UTF-8; JSON can escape them.
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def sync_folder(folder: Path) -> None:

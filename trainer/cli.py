@@ -3,6 +3,7 @@
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +57,8 @@ class _Commands(CommandGroup):
     def explain(self, error: Exception) -> str | None:
         """Return one line for an expected failure, None for a bug."""
         line = super().explain(error)
-        memory = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
-        if isinstance(error, MemoryError) or memory == "GPU memory":
-            line = f"out of {memory}; use --set data.batch_size=... or a smaller model"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own; torch may not be loaded
+            line = "out of GPU memory; use --set data.batch_size=... or a smaller model"
         # Under torchrun every process reports its failure; name the others than the first.
         rank = os.environ.get("RANK", "0")
         return line if line is None or rank == "0" else f"process {rank}: {line}"
@@ -224,6 +224,8 @@ def fit(
 
     if options["resume"] and options["overwrite"]:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    if math.isnan(save_minutes):
+        raise click.UsageError("--save-every nan: expected a number of minutes")
     named = {field: options.pop(option) for option, field in CONFIG_OPTIONS.items()}
     chosen = [f"{field}={value}" for field, value in named.items() if value is not None]
     recipe_given = ctx.get_parameter_source("recipe") != click.core.ParameterSource.DEFAULT
@@ -380,6 +382,7 @@ def evaluate(
     """
     from flsep.cache import Shards
     from flsep.trainer.runs.folder import Run
+    from flsep.trainer.scoring.engine import FailedTrack
     from flsep.trainer.scoring.estimators import (
         Estimator,
         IdealRatioMask,
@@ -400,10 +403,10 @@ def evaluate(
         tasks.append((str(floor), MixtureEstimator(), floor, {}))
     if oracle:
         tasks.append((str(oracle), IdealRatioMask(), oracle, {}))
-    failed = 0
+    failures: list[FailedTrack] = []
     for label, estimator, folder, description in tasks:
         click.echo(f"scoring {label}")
-        done, failures = evaluate(
+        done, failed = evaluate(
             estimator,
             opened,
             folder,
@@ -413,12 +416,15 @@ def evaluate(
             description=description,
             engine=engine,
         )
-        for failure in failures:
+        for failure in failed:
             click.echo(f"Error: {label}: {failure.track}: {failure.reason}", err=True)
         click.echo(f"  {len(done)} tracks in {folder / 'scores'}")
-        failed += len(failures)
-    if failed:
-        raise EvaluationError(f"{failed} tracks could not be scored, see above")
+        failures += failed
+    if bugs := [failure.traceback for failure in failures if failure.traceback]:
+        click.echo(bugs[0], err=True)
+        raise RuntimeError(f"{len(bugs)} tracks met a bug in flsep; the first one is shown above")
+    if failures:
+        raise EvaluationError(f"{len(failures)} tracks could not be scored, see above")
 
 
 @main.command()

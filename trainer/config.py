@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 from flsep.trainer.errors import ConfigError
 from flsep.trainer.registry import APPROACHES, SEPARATORS, load
 
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_PLURALS = {int: "whole numbers", float: "finite numbers", str: "names"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
@@ -30,12 +33,7 @@ class Section:
             if kind is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, name, value)  # the section is frozen
-            if get_origin(kind) is Literal:
-                fits = value in get_args(kind)
-            else:
-                # Not isinstance: True is an int, and no number of epochs.
-                fits = type(value) is kind and (kind is not float or math.isfinite(value))
-            self.require(name, fits, describe_type(kind))
+            self.require(name, _fits(value, kind), describe_type(kind))
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise ConfigError, with what was expected of a field, unless the condition holds."""
@@ -226,10 +224,8 @@ def configure_separator(name: str, **settings: Any) -> SeparatorConfig:
 
 
 def configure_approach(name: str, **settings: Any) -> ApproachConfig:
-    """Return the section of an approach, with those of the given fields set that it has."""
-    kind = load(APPROACHES, name, "approach").Config
-    known = {entry.name for entry in fields(kind)}
-    config: ApproachConfig = kind(**{key: settings[key] for key in known & settings.keys()})
+    """Return the section of an approach, with some fields set."""
+    config: ApproachConfig = load(APPROACHES, name, "approach").Config(**settings)
     return config
 
 
@@ -276,12 +272,15 @@ class TrainConfig:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild a configuration; raises ConfigError unless it has exactly these fields."""
         try:
-            separator = load(SEPARATORS, values["separator"]["name"], "separator")
-            approach = load(APPROACHES, values["approach"]["name"], "approach")
+            separator_name, approach_name = (
+                str(values[section]["name"]) for section in ("separator", "approach")
+            )
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"stored configuration: no separator or approach ({error})"
             ) from error
+        separator = load(SEPARATORS, separator_name, "separator")
+        approach = load(APPROACHES, approach_name, "approach")
         # Annotations name base classes; the chosen separator and approach have the real ones.
         kinds = {entry.name: entry.type for entry in fields(cls)}
         kinds |= {
@@ -301,7 +300,19 @@ def _read_section(section: str, kind: Any, stored: Any) -> Any:
             f"stored configuration: section {section!r} is {stored!r}; "
             f"expected the fields {', '.join(sorted(names))}"
         )
-    return kind(**{entry.name: stored[entry.name] for entry in fields(kind) if entry.init})
+    # JSON has lists where sections have tuples.
+    values = {key: tuple(value) if type(value) is list else value for key, value in stored.items()}
+    return kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.init})
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Return whether a value is of a type: a choice, a tuple, or a plain type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and all(_fits(item, get_args(kind)[0]) for item in value)
+    # Not isinstance: bool is a subclass of int.
+    return type(value) is kind and (type(value) is not float or math.isfinite(value))
 
 
 def type_hints(kind: type[Section]) -> dict[str, Any]:
@@ -325,7 +336,7 @@ def list_differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any,
 def describe_type(kind: Any) -> str:
     """Say which values a field of a type takes."""
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[
-        kind
-    ]
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"{_PLURALS[get_args(kind)[0]]}, separated by commas"
+    return _NAMES[kind]

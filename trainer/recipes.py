@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flsep.trainer.config import (
+    ApproachConfig,
     DataConfig,
     FitConfig,
     OptimConfig,
@@ -33,13 +34,20 @@ def demo(approach: str = "none") -> TrainConfig:
     return replace(
         xumx(),
         separator=configure_separator("xumx", hidden_size=64, num_layers=2, dropout=0.1),
-        # An eighth of the latent's size, as in `xumx`.
-        approach=configure_approach(approach, projection_size=16),
+        approach=_with_small_projection(approach),
         # Two windows of the demo's teacher, musicnn, fit into 6.1 s, but not into 6 s.
         data=DataConfig(excerpt_seconds=6.1, excerpts_per_track=2, batch_size=3),
         optim=OptimConfig(learning_rate=3e-3, plateau_patience=3, plateau_cooldown=1),
         fit=FitConfig(epochs=7, patience=7),
     )
+
+
+def _with_small_projection(name: str) -> ApproachConfig:
+    """Return an approach that projects, if it does, to an eighth of the latent, as in `xumx`."""
+    approach = configure_approach(name)
+    if not hasattr(approach, "projection_size"):
+        return approach
+    return configure_approach(name, projection_size=16)
 
 
 RECIPES: dict[str, Callable[[str], TrainConfig]] = {"xumx": xumx, "demo": demo}

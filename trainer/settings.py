@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from flsep.trainer.config import Section, TrainConfig, describe_type, type_hints
 from flsep.trainer.errors import ConfigError
@@ -76,7 +76,13 @@ def split_setting(setting: str) -> tuple[str, str, str]:
 
 
 def _parse(setting: str, text: str, kind: Any) -> Any:
-    if get_origin(kind) is Literal or kind is str:
+    if get_origin(kind) is Literal:
+        # A choice keeps its own type; what is none is left to the section to refuse.
+        return next((choice for choice in get_args(kind) if str(choice) == text), text)
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return tuple(_parse(setting, part.strip(), item) for part in text.split(",") if part)
+    if kind is str:
         return text
     try:
         if kind is bool:

@@ -70,6 +70,12 @@ class ClusterSettings:
                 raise SettingsError(
                     f"--cluster-option {name}: unknown to --cluster {self.kind}; {hint}"
                 )
+        for name in ("cores", "processes"):
+            count = self.options.get(name, 1)
+            if type(count) is not int or count < 1:
+                raise SettingsError(
+                    f"--cluster-option {name}={count}: expected a whole number of at least 1"
+                )
 
 
 def count_cores() -> int:
@@ -169,7 +175,7 @@ def _start_local(settings: ClusterSettings) -> Any:
         "silence_logs": logging.CRITICAL,
         **settings.options,
     }
-    limit = _parse_bytes(options["memory_limit"])
+    limit = _parse_bytes("memory_limit", options["memory_limit"])
     if limit:
         _require_memory("memory_limit", limit, settings)
     return LocalCluster(
@@ -251,7 +257,7 @@ def _job_options(settings: ClusterSettings) -> dict[str, Any]:
 
     value("cores", 1)
     processes = value("processes", 1)
-    memory = _parse_bytes(value("memory", settings.worker_bytes * processes))
+    memory = _parse_bytes("memory", value("memory", settings.worker_bytes * processes))
     _require_memory("memory", memory // processes, settings)
     # A task needs a process of its own; the worker's web pages are not for others to see.
     options["worker_extra_args"] = [
@@ -284,10 +290,15 @@ def _configured_option(kind: str, name: str) -> Any:
     return None if value == [] or value == {} else value
 
 
-def _parse_bytes(value: Any) -> int:
+def _parse_bytes(option: str, value: Any) -> int:
     from dask.utils import parse_bytes
 
-    return int(parse_bytes(value or 0))
+    try:
+        return int(parse_bytes(value or 0))
+    except (ValueError, TypeError) as error:
+        raise SettingsError(
+            f"--cluster-option {option}={value}: not a size; write, for example, 4GiB"
+        ) from error
 
 
 def _known_options(kind: str) -> set[str]:

@@ -15,7 +15,7 @@ from flsep.trainer.approaches.interface import (
     Needs,
     Sizes,
     TeacherSignal,
-    check_embeddings,
+    require_embeddings,
 )
 from flsep.trainer.config import ApproachConfig
 from flsep.trainer.teacher import TeacherWindows
@@ -64,9 +64,9 @@ class Concatenation(Approach):
         """Return that the mixture's embedding is needed in training and in separation."""
         return Needs(teacher_signal="mixture", teacher_to_separate=True)
 
-    def condition(self, windows: TeacherWindows, num_frames: int) -> Tensor:
+    def condition(self, windows: TeacherWindows | None, num_frames: int) -> Tensor | None:
         """Return the projected embedding of the window held at each frame, [frame, batch, P]."""
-        check_embeddings(windows, None)
+        windows = require_embeddings(windows, None)
         if windows.held.shape != (len(windows.embeddings), num_frames):
             raise ValueError(
                 f"windows are held over {tuple(windows.held.shape)} (batch, frames): "

@@ -27,11 +27,9 @@ class InformedSeparator(nn.Module):
     def forward(self, mixture_NBCF: Tensor, windows: TeacherWindows | None) -> Separation:
         """Separate the spectrum of a mixture, complex64 [frame, batch, channel, bin].
 
-        `windows` may be None unless the approach conditions on them.
+        `windows` is None if the approach does without the teacher.
         """
-        condition_NBP = None
-        if windows is not None:
-            condition_NBP = self.approach.condition(windows, len(mixture_NBCF))
+        condition_NBP = self.approach.condition(windows, len(mixture_NBCF))
         separation: Separation = self.separator(mixture_NBCF, condition_NBP)
         return separation
 

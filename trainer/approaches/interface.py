@@ -92,12 +92,15 @@ class Approach(nn.Module):
         """Return what the approach needs with these settings."""
         return Needs()
 
-    def condition(self, windows: TeacherWindows, num_frames: int) -> Tensor | None:
-        """Return features for the separator, float [frame, batch, condition_size], or None."""
+    def condition(self, windows: TeacherWindows | None, num_frames: int) -> Tensor | None:
+        """Return features for the separator, float [frame, batch, condition_size], or None.
+
+        `windows` is None unless the approach needs the teacher, when it separates too.
+        """
         return None
 
     def regularizer(
-        self, latents: Mapping[str, Tensor], windows: TeacherWindows
+        self, latents: Mapping[str, Tensor], windows: TeacherWindows | None
     ) -> dict[str, Tensor]:
         """Compare latents and embeddings.
 
@@ -105,8 +108,8 @@ class Approach(nn.Module):
         ----------
         latents : mapping of str to Tensor
             Latents of the separator, as in `flsep.trainer.separators.interface.Separation`.
-        windows : TeacherWindows
-            Embeddings of the windows of the excerpts.
+        windows : TeacherWindows or None
+            Embeddings of the windows of the excerpts; None if the approach needs no teacher.
 
         Returns
         -------
@@ -159,8 +162,10 @@ def require_possible(config: TrainConfig) -> Needs:
     return needs
 
 
-def check_embeddings(windows: TeacherWindows, num_sources: int | None) -> None:
-    """Raise ValueError unless the embeddings are those of the mixture, or of so many stems."""
+def require_embeddings(windows: TeacherWindows | None, num_sources: int | None) -> TeacherWindows:
+    """Return windows; raise ValueError unless they are those of the mixture, or of the stems."""
+    if windows is None:
+        raise ValueError("no embeddings; the approach needs those of the teacher's windows")
     shape = tuple(windows.embeddings.shape)
     if num_sources is None and len(shape) != 3:
         raise ValueError(
@@ -171,3 +176,4 @@ def check_embeddings(windows: TeacherWindows, num_sources: int | None) -> None:
             f"embeddings of shape {shape}; expected those of {num_sources} stems as "
             "(source, batch, window, dim)"
         )
+    return windows

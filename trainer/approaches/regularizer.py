@@ -22,7 +22,7 @@ from flsep.trainer.approaches.interface import (
     Needs,
     Sizes,
     TeacherSignal,
-    check_embeddings,
+    require_embeddings,
 )
 from flsep.trainer.config import ApproachConfig
 from flsep.trainer.parallel import gather_rows
@@ -83,10 +83,10 @@ class Regularizer(Approach):
         raise NotImplementedError
 
     def regularizer(
-        self, latents: Mapping[str, Tensor], windows: TeacherWindows
+        self, latents: Mapping[str, Tensor], windows: TeacherWindows | None
     ) -> dict[str, Tensor]:
         """Compare the latents of the windows that count with their embeddings."""
-        check_embeddings(windows, self.num_stems)
+        windows = require_embeddings(windows, self.num_stems)
         name = self.needs(self.config).latent
         assert name is not None
         latent = latents[name]

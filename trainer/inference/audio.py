@@ -73,7 +73,16 @@ def read_blocks(
             declared_seconds = _declared_seconds(container, stream)
             most_samples = round(declared_seconds * sample_rate_hz) or sys.maxsize
             resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)  # planar float32
+            form: tuple[Any, ...] | None = None
             for frame in _frames_and_end(container.decode(stream)):
+                if frame is not None:
+                    # The resampler takes frames of one form only.
+                    found = frame.sample_rate, frame.layout.name, frame.format.name
+                    if found != (form := form or found):
+                        raise AudioError(
+                            f"{path}: changes from {form} to {found} in the middle; convert it to "
+                            "one sample rate and channel layout"
+                        )
                 for resampled in resampler.resample(frame):
                     block = resampled.to_ndarray().astype(np.float32, copy=False)
                     if not np.isfinite(block).all():

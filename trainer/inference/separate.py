@@ -5,6 +5,7 @@ E embedding dimensions.
 """
 
 import importlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class TrackSeparator:
         self._wiener = wiener
         if wiener:
             _import_norbert()
-        if chunk_seconds < 2 * OVERLAP_SECONDS:
+        if not (2 * OVERLAP_SECONDS <= chunk_seconds < math.inf):
             raise InferenceError(
                 f"chunks of {chunk_seconds:g} s: expected at least {2 * OVERLAP_SECONDS:g} s"
             )

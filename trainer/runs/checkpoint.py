@@ -11,7 +11,7 @@ Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flsep.cache import Layout
+from flsep.cache.errors import FlsepError
 from flsep.cache.files import replacing
 from flsep.trainer.approaches.informed import InformedSeparator, build_model
 from flsep.trainer.approaches.interface import find_needs
-from flsep.trainer.config import TrainConfig, configure_approach
+from flsep.trainer.config import TrainConfig
 from flsep.trainer.errors import CheckpointError
+from flsep.trainer.runs.upgrade import upgrade_config
 from flsep.trainer.teacher import Standard
 
 FORMAT_NAME = "flsep-checkpoint"
 FORMAT_VERSION = 3
 _HEADER = "flsep"
+_FIELDS = (
+    *("config", "layout", "standard", "fingerprint", "epoch", "metrics", "packages", "training"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,50 +135,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
         values = json.loads(header)
         if values["format"] != FORMAT_NAME or not isinstance(values["version"], int):
             raise ValueError(f"format {values['format']!r}")
-        if values["version"] == 2:
-            values, tensors = _upgrade(values, tensors)
-        if values["version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: checkpoint version {values['version']}, this flsep reads "
-                f"{FORMAT_VERSION}; use the flsep that wrote it"
-            )
-        standard = values["standard"]
-        return Checkpoint(
-            config=TrainConfig.from_json(values["config"]),
-            layout=Layout.from_json(values["layout"]),
-            standard=None
-            if standard is None
-            else Standard(*(np.array(standard[name], np.float32) for name in ("mean", "scale"))),
-            fingerprint=values["fingerprint"],
-            epoch=values["epoch"],
-            metrics=values["metrics"],
-            packages=values["packages"],
-            training=values["training"],
-            tensors=tensors,
-        )
-    except CheckpointError:
-        raise
+        version, fields = values["version"], {name: values[name] for name in _FIELDS}
+        standard = fields["standard"]
+        if standard is not None:
+            arrays = (np.array(standard[name], np.float32) for name in ("mean", "scale"))
+            fields["standard"] = Standard(*arrays)
+        if version == 2:
+            fields["config"] = upgrade_config(fields["config"])
+            # A regularizer's projection had another name.
+            tensors = {
+                name.replace("approach.criterion.", "approach."): tensor
+                for name, tensor in tensors.items()
+            }
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its header is not readable ({error})") from error
-
-
-def _upgrade(
-    values: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Bring a checkpoint of version 2 to version 3.
-
-    Version 2 had one section for all approaches, with the fields of each, and no name of the
-    separator, which always was X-UMX; a regularizer's projection had another name.
-    """
-    config = dict(values["config"])
-    approach = dict(config["approach"])
-    kept = {entry.name for entry in fields(configure_approach(approach["name"]))}
-    config["approach"] = {name: value for name, value in approach.items() if name in kept}
-    config["separator"] = {"name": "xumx", **config["separator"]}
-    renamed = {
-        name.replace("approach.criterion.", "approach."): tensor for name, tensor in tensors.items()
-    }
-    return {**values, "version": 3, "config": config}, renamed
+    if version not in (2, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path}: checkpoint version {version}, this flsep reads {FORMAT_VERSION}; use the "
+            "flsep that wrote it"
+        )
+    try:
+        fields["config"] = TrainConfig.from_json(fields["config"])
+        fields["layout"] = Layout.from_json(fields["layout"])
+    except FlsepError as error:
+        raise CheckpointError(f"{path}: its header is not readable ({error})") from error
+    return Checkpoint(**fields, tensors=tensors)
 
 
 def load_model(checkpoint: Checkpoint, where: str) -> InformedSeparator:

@@ -16,10 +16,11 @@ DEFAULT_ENGINE = "museval"
 
 
 class FailedTrack(NamedTuple):
-    """A track that could not be scored, and the reason in one line."""
+    """A track that could not be scored, and the reason in one line; for a bug, its traceback."""
 
     track: str
     reason: str
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,8 @@ class Engine(ABC):
         dict
             JSON values in museval's format: a list ``targets`` with ``name`` and ``frames`` for
             each source in the given order, and for each frame ``time`` and ``duration`` in
-            seconds and ``metrics``, in dB, NaN where a metric is undefined.
+            seconds and ``metrics``, in dB, NaN where a metric is undefined: SDR, SIR, ISR and
+            SAR, which ``flsep-train compare`` needs.
 
         Raises
         ------

@@ -17,6 +17,7 @@ from flsep.cache.format import fingerprint
 from flsep.cache.memory import free_host_bytes
 from flsep.trainer.errors import EvaluationError
 from flsep.trainer.runs.folder import Run
+from flsep.trainer.runs.upgrade import upgrade_config
 from flsep.trainer.scoring.engine import DEFAULT_ENGINE, Engine, FailedTrack, TrackJob
 from flsep.trainer.scoring.estimators import Estimator, LoadTrack
 from flsep.trainer.scoring.pool import load_engine, score_tracks
@@ -102,8 +103,10 @@ def evaluate(
         )
         for track in tracks
     ]
+    chosen = load_engine(engine)
+    chosen.prepare()  # before anything is removed, as the engine may not work here
     if num_workers is None:
-        num_workers = _choose_num_workers(load_engine(engine), layout, tracks)
+        num_workers = _choose_num_workers(chosen, layout, tracks)
     summary, scores = folder / "evaluation.json", folder / "scores"
     # Written last: while the summary is missing, nothing is compared with half an evaluation.
     if summary.exists():  # False also where a parent is a file
@@ -121,12 +124,12 @@ def evaluate(
             "version": _VERSION,
             "kind": estimator.kind,
             "wiener": estimator.wiener,
-            "engine": engine,
+            "engine": chosen.name,
             "split": split,
             "shards": str(shards.folder.resolve()),
             "audio": audio,
             "num_tracks": len(done),
-            "failed": [list(failure) for failure in failed],
+            "failed": [[failure.track, failure.reason] for failure in failed],
             **description,
         },
     )
@@ -189,6 +192,8 @@ def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Eval
         raise EvaluationError(f"{path}: not readable ({problem}); evaluate again")
     if summary["kind"] != kind:
         raise EvaluationError(f"{path}: holds scores of the {summary['kind']}, expected the {kind}")
+    if kind == "run":
+        summary["config"] = upgrade_config(summary["config"])
     return Evaluated(str(folder), name, place, {"engine": DEFAULT_ENGINE, **summary})
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flsep.cache.errors import FlsepError
-from flsep.cache.files import write_text
+from flsep.cache.files import remove_leftovers, write_text
 from flsep.trainer.errors import ScoringError
 from flsep.trainer.registry import ENGINES, load
 from flsep.trainer.scoring.engine import DEFAULT_ENGINE, Engine, FailedTrack, TrackJob
@@ -32,6 +32,7 @@ from flsep.trainer.scoring.engine import DEFAULT_ENGINE, Engine, FailedTrack, Tr
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # Well below what a pipe holds, so that a process never waits for its parent to read.
 _REASON_CHARACTERS = 2000
+_TRACEBACK_CHARACTERS = 10_000
 
 
 def load_engine(name: str) -> Engine:
@@ -101,7 +102,9 @@ def score_tracks(
     pending = [
         (job, paths[job.name]) for job in jobs if not _is_current(paths[job.name], job, chosen.name)
     ]
-    reasons: dict[str, str] = {}
+    # What killed scorers have left; nobody else may be scoring into this folder.
+    remove_leftovers(folder)
+    failed: dict[str, FailedTrack] = {}
     if num_workers:
         results = _score_in_processes(pending, chosen, num_workers)
     else:
@@ -110,12 +113,12 @@ def score_tracks(
     with tqdm(
         total=len(jobs), initial=num_kept, desc=chosen.name, unit="track", disable=not progress
     ) as bar:
-        for name, reason in results:
+        for name, failure in results:
             bar.update()
-            if reason is not None:
-                reasons[name] = reason
-    done = [path for name, path in paths.items() if name not in reasons]
-    return done, [FailedTrack(name, reasons[name]) for name in paths if name in reasons]
+            if failure is not None:
+                failed[name] = failure
+    done = [path for name, path in paths.items() if name not in failed]
+    return done, [failed[name] for name in paths if name in failed]
 
 
 def _require_writable(folder: Path) -> None:
@@ -142,8 +145,8 @@ def _is_current(path: Path, job: TrackJob, engine: str) -> bool:
         return False
 
 
-def _score_job(job: TrackJob, path: Path, engine: Engine) -> str | None:
-    """Score one track into its file; return the reason if it failed."""
+def _score_job(job: TrackJob, path: Path, engine: Engine) -> FailedTrack | None:
+    """Score one track into its file; return why it failed, if it did."""
     from threadpoolctl import threadpool_limits
 
     try:
@@ -168,29 +171,29 @@ def _score_job(job: TrackJob, path: Path, engine: Engine) -> str | None:
         }
         write_text(path, json.dumps(scores, indent=2) + "\n")
     except Exception as error:  # one track must not stop the others, even where flsep has a bug
-        return _explain(error)
+        return _explain(job.name, error)
     return None
 
 
-def _explain(error: Exception) -> str:
-    """Return one line for an expected failure, and for a bug also where it happened."""
+def _explain(track: str, error: Exception) -> FailedTrack:
+    """Explain an expected failure in one line, and a bug by its traceback, too."""
+    details = ""
     match error:
         case FlsepError():
             text = " ".join([str(error), *getattr(error, "__notes__", [])])
         case OSError() | MemoryError():
             text = f"{type(error).__name__}: {error}"
         case _:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{last.filename}:{last.lineno}"
-            # The place comes before the message, which may be cut.
-            text = f"a bug, {type(error).__name__} at {place}: {error}"
-    return " ".join(text.split())[:_REASON_CHARACTERS]
+            text = f"a bug in flsep, {type(error).__name__}: {error}"
+            # The end of a traceback says most.
+            details = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
+    return FailedTrack(track, " ".join(text.split())[:_REASON_CHARACTERS], details)
 
 
 def _score_in_processes(
     pending: Sequence[tuple[TrackJob, Path]], engine: Engine, num_workers: int
-) -> Iterator[tuple[str, str | None]]:
-    """Yield each track's name and the reason if it failed, in the order in which they end."""
+) -> Iterator[tuple[str, FailedTrack | None]]:
+    """Yield each track's name and why it failed, if it did, in order of completion."""
     context = multiprocessing.get_context("spawn")
     queue = list(reversed(pending))
     running: dict[int, tuple[str, Any, Connection]] = {}
@@ -213,7 +216,7 @@ def _score_in_processes(
                 assert isinstance(sentinel, int)
                 name, process, receiver = running.pop(sentinel)
                 process.join()
-                yield name, _receive_reason(receiver, process.exitcode)
+                yield name, _receive_failure(receiver, name, process.exitcode)
                 process.close()
     finally:
         for _, process, receiver in running.values():
@@ -226,15 +229,16 @@ def _score_and_report(job: TrackJob, path: Path, engine: Engine, sender: Connect
     sender.send(_score_job(job, path, engine))
 
 
-def _receive_reason(receiver: Connection, exit_code: int | None) -> str | None:
+def _receive_failure(receiver: Connection, track: str, exit_code: int | None) -> FailedTrack | None:
     try:
-        reason: str | None = receiver.recv()
-        return reason
+        failure: FailedTrack | None = receiver.recv()
+        return failure
     except EOFError:
+        reason = f"its process ended with status {exit_code} before it reported"
         if exit_code is not None and exit_code < 0:
             name = signal.Signals(-exit_code).name
-            return f"its process was killed by {name}; if memory ran out, use fewer workers"
-        return f"its process ended with status {exit_code} before it reported"
+            reason = f"its process was killed by {name}; if memory ran out, use fewer workers"
+        return FailedTrack(track, reason)
     finally:
         receiver.close()
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flsep.trainer.errors import ComparisonError
+from flsep.trainer.scoring.engine import DEFAULT_ENGINE
 from flsep.trainer.study.scores import (
     METRICS,
     CommonFrames,
@@ -55,8 +56,8 @@ class Entry:
     improvement_db : float or None
         Mean of the SDR medians minus that of the floor; None for the floor.
     difference_to_none_db : float or None
-        Mean of the SDR medians minus that of plain X-UMX; None without plain X-UMX, and for plain
-        X-UMX, floor and oracle.
+        Mean of the SDR medians minus that of the baseline; None without a baseline, and for the
+        baseline, floor and oracle.
     """
 
     approach: str
@@ -85,6 +86,8 @@ class Comparison:
 
     Attributes
     ----------
+    engine : str
+        Name of the scoring engine.
     tracks : tuple of str
         Names of the tracks, sorted.
     sources : tuple of str
@@ -97,6 +100,7 @@ class Comparison:
         The floor, the approaches in the order given, the oracle.
     """
 
+    engine: str
     tracks: tuple[str, ...]
     sources: tuple[str, ...]
     num_frames: int
@@ -106,7 +110,11 @@ class Comparison:
 
 
 def compare_scores(
-    runs: Sequence[Scores], *, floor: Scores, oracle: Scores | None = None
+    runs: Sequence[Scores],
+    *,
+    floor: Scores,
+    oracle: Scores | None = None,
+    engine: str = DEFAULT_ENGINE,
 ) -> Comparison:
     """Compare runs with each other, with the floor and with the oracle.
 
@@ -138,6 +146,7 @@ def compare_scores(
     # All sources of a track have the same number of frames: count those of the first.
     of_tracks = next(iter(common.values()))
     return Comparison(
+        engine=engine,
         tracks=tuple(of_tracks),
         sources=tuple(common),
         num_frames=sum(frames.size for frames in of_tracks.values()),

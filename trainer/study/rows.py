@@ -43,6 +43,7 @@ def compare_evaluations(
         scores,
         floor=_locate_scores(floor, "mixture"),
         oracle=_locate_scores(oracle, "ideal ratio mask") if oracle else None,
+        engine=floor.summary["engine"],
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from flsep.cache.files import write_text
 from flsep.trainer.study.comparison import MEAN_OF_MEDIANS, Comparison, Spread
 
-_TITLE = "museval (BSS Eval v4): median over frames, then median over tracks, in dB"
 _SUMMARY_HEADER = ("", "seeds", "SDR", "min..max", "vs floor", "vs none", "scored")
 _SUMMARY_NOTE = (
     "SDR: mean of medians (over sources). "
@@ -35,7 +34,7 @@ def save(comparison: Comparison, folder: Path) -> None:
 
 def format_text(comparison: Comparison) -> str:
     """Return a summary table and one table a source, aligned, at most 100 columns wide."""
-    lines = [_TITLE, _describe_frames(comparison), ""]
+    lines = [_describe_figures(comparison), _describe_frames(comparison), ""]
     lines += [*_align([_SUMMARY_HEADER, *_summarise(comparison)]), _SUMMARY_NOTE]
     for source, title in _describe_sources(comparison).items():
         metrics = list(comparison.entries[0].values[source])
@@ -51,7 +50,7 @@ def format_text(comparison: Comparison) -> str:
 
 def format_markdown(comparison: Comparison) -> str:
     """Return a summary table and a table of all sources."""
-    lines = [f"{_TITLE}.", f"{_describe_frames(comparison)}.", ""]
+    lines = [f"{_describe_figures(comparison)}.", f"{_describe_frames(comparison)}.", ""]
     lines += [*_pipe([_SUMMARY_HEADER, *_summarise(comparison)]), "", _SUMMARY_NOTE, ""]
     rows: list[Sequence[str]] = []
     for source, title in _describe_sources(comparison).items():
@@ -109,6 +108,10 @@ def _summarise(comparison: Comparison) -> list[Sequence[str]]:
             ]
         )
     return rows
+
+
+def _describe_figures(comparison: Comparison) -> str:
+    return f"{comparison.engine}: median over frames, then median over tracks, in dB"
 
 
 def _describe_frames(comparison: Comparison) -> str:

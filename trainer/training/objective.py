@@ -72,8 +72,7 @@ class Objective:
             hop_samples=self._hop_samples,
         )
         total = terms["separation"] = terms.pop("total")
-        if example.windows is not None:
-            terms |= informed.approach.regularizer(separation.latents, example.windows)
+        terms |= informed.approach.regularizer(separation.latents, example.windows)
         if "regularizer" in terms:
             total = total + informed.approach.weight * terms["regularizer"]
         return {**terms, "total": total}

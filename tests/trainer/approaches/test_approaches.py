@@ -33,9 +33,11 @@ def build(name, teacher_signal="mixture", **changes):
         "temperature": 0.1,
         "projection_size": 5,
     }
+    kind = load(APPROACHES, name, "approach")
+    known = [key for key in settings if hasattr(kind.Config, key)]
     torch.manual_seed(1)
-    return load(APPROACHES, name, "approach")(
-        configure_approach(name, **settings | changes),
+    return kind(
+        configure_approach(name, **{key: settings[key] for key in known} | changes),
         Sizes(embedding=EMBEDDING_SIZE, latents={"shared": 16, "sources": 16}, sources=SOURCES),
     )
 

@@ -25,7 +25,7 @@ from flsep.trainer.study.tables import (
 NAN = float("nan")
 
 TEXT = """\
-museval (BSS Eval v4): median over frames, then median over tracks, in dB
+museval: median over frames, then median over tracks, in dB
 tracks: 2; frames that every row scored, and only these count: 5 of 7
 
                             seeds    SDR  min..max  vs floor  vs none  scored
