@@ -144,8 +144,8 @@ class RandomMixes:
     """Mixes of random excerpts: each source from a random track, with its own gain and swap.
 
     Gains are uniform in [min_gain, max_gain]; `swap_probability` is that of reversing a source's
-    channels. All `tracks` can hold an excerpt, and their order affects what is drawn. An epoch has
-    `mixes_per_track` mixes for each of them.
+    channels. All `tracks` must be able to hold an excerpt; their order affects what is drawn. An
+    epoch has `mixes_per_track` mixes for each of them. Seed, epoch and index decide a mix.
     """
 
     def __init__(

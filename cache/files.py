@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # the umask decides, even if a library made the file private
-        # The content first: after a crash, a renamed file whose data was not flushed is empty.
+        # The content first: after a power failure, a file that was renamed unflushed may be empty.
         _sync(temporary, os.O_RDONLY)
         temporary.replace(path)
         sync_folder(path.parent)

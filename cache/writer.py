@@ -32,8 +32,8 @@ class ShardWriter:
     """Write a shard of one or more tracks.
 
     A context manager. Entering it lays out the file under a temporary name and reserves its space
-    on the disk; OSError if there is none. Leaving it normally checks the file, flushes it to the
-    disk and renames it; an exception removes it.
+    on the disk, or raises OSError. Leaving it normally checks the file, flushes it to the disk and
+    renames it; an exception removes it.
 
     Parameters
     ----------
