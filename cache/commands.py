@@ -22,15 +22,8 @@ _PACKAGES = ("flsep", "numpy", "h5py", "torch", "tensorflow", "dask", "museval")
 class CommandGroup(click.Group):
     """Group of commands that reports expected failures in one line and bugs with a traceback.
 
-    ================================= ============ =========================================
-    what happened                     exit status  output on stderr
-    ================================= ============ =========================================
-    `FlsepError`, `OSError`, a        1            one line
-    package that is not installed
-    wrong usage                       2            click's own message
-    Ctrl-C                            130          `interrupted`
-    anything else: a bug              70           traceback, versions, request to report it
-    ================================= ============ =========================================
+    Exit status: 1 for `FlsepError`, `OSError` and a package that is not installed, 2 for wrong
+    usage (click's own message), 130 for Ctrl-C, 70 for anything else: a bug.
     """
 
     interrupted = "Interrupted."
@@ -47,6 +40,7 @@ class CommandGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
+            # The chained error keeps its traceback for debuggers; click prints the line only.
             if line := self.explain(error):
                 raise click.ClickException(line) from error
             # The arguments stay out of the report: they may contain passwords in addresses.
@@ -58,6 +52,7 @@ class CommandGroup(click.Group):
         """Return one line for an expected failure, None for a bug."""
         match error:
             case FlsepError():
+                # Callers attach the place of a failure (track, file) as notes.
                 text = " ".join([str(error), *getattr(error, "__notes__", [])])
             case MemoryError():
                 text = "out of memory; use fewer workers, smaller batches, or a larger machine"
@@ -67,6 +62,7 @@ class CommandGroup(click.Group):
                 text = f"{name} is not installed; run `pip install 'flsep[{self.extras}]'`"
             case _:
                 return None
+        # One line, whatever line breaks a library's message has; never an empty one.
         return " ".join(text.split()) or type(error).__name__
 
 
@@ -91,7 +87,7 @@ def describe_bug(error: BaseException, command: str) -> str:
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            continue
+            continue  # an optional package, of another extra
     return (
         "".join(traceback.format_exception(error))
         + f"\nThis is a bug in flsep, not a mistake of yours ({command}).\n"

@@ -21,24 +21,8 @@ _MAX_EXCERPT_SECONDS = 86400
 class Grid:
     """Excerpts of one length that start where a teacher window starts.
 
-    Parameters
-    ----------
-    layout : Layout
-        Description of the data.
-    excerpt_seconds : float
-        Length of an excerpt, which has ``1 + round(excerpt_seconds * rate) // hop`` frames.
-
-    Attributes
-    ----------
-    num_frames : int
-        STFT frames of an excerpt.
-    num_windows : int
-        Largest number of teacher windows that overlap an excerpt.
-
-    Raises
-    ------
-    FieldError
-        If `excerpt_seconds` is not positive, or more than a day.
+    An excerpt has `num_frames` = ``1 + round(excerpt_seconds * rate) // hop`` STFT frames and
+    overlaps at most `num_windows` teacher windows.
     """
 
     def __init__(self, layout: Layout, excerpt_seconds: float) -> None:
@@ -59,12 +43,12 @@ class Grid:
         return self.layout.window_frames(window)[0]
 
     def bounds(self, window: int) -> npt.NDArray[np.int64]:
-        """Return the first and one-past-last frame of each window of an excerpt.
+        """Return the first and one-past-last frame of each window of an excerpt, int64 [window, 2].
 
-        The result is int64 [window, 2], relative to the start of the excerpt that starts with
-        `window`. It differs by a frame between excerpts, since a hop between windows is not a
-        whole number of frames.
+        Frames count from the start of the excerpt, which starts with `window`.
         """
+        # The result depends on `window` by a frame, since the hop between windows is not a whole
+        # number of frames.
         spans = [self.layout.window_frames(window + number) for number in range(self.num_windows)]
         return np.array(spans, np.int64) - np.int64(spans[0][0])
 
@@ -75,9 +59,10 @@ class Grid:
 
     def starts(self, track: TrackRecord) -> range:
         """Return the windows at which an excerpt can start and end before the track does."""
-        last_frame = track.num_frames - self.num_frames
+        last_frame = track.num_frames - self.num_frames  # the latest start that still fits
         if last_frame < 0:
             return range(0)
+        # Late excerpts may fit although no teacher window starts there any more.
         return range(min(self.last_start(last_frame) + 1, track.num_windows))
 
     def last_start(self, frame: int) -> int:
@@ -93,10 +78,7 @@ class Grid:
     ) -> tuple[list[TrackRecord], list[TrackRecord]]:
         """Return the tracks of a split that can hold an excerpt, and those that cannot.
 
-        Raises
-        ------
-        MissingDataError
-            If there are no tracks, or none is long enough.
+        Raises MissingDataError if there are no tracks, or none is long enough.
         """
         tracks = shards.tracks(split)
         if not tracks:
@@ -129,7 +111,7 @@ class MixEmbedding:
     embedding : float32 [signal, window, dim]
         Embeddings of the mixture, followed by those of the scaled sources if they were stored.
     activity_db : float32 [signal, window]
-        Level of each window, dBFS.
+        Level in dBFS.
     """
 
     embedding: npt.NDArray[np.float32]
@@ -161,20 +143,9 @@ class Draw:
 class RandomMixes:
     """Mixes of random excerpts: each source from a random track, with its own gain and swap.
 
-    Parameters
-    ----------
-    grid : Grid
-        Positions at which excerpts can start.
-    tracks : sequence of TrackRecord
-        Tracks that can hold an excerpt. Their order affects what is drawn.
-    mixes_per_track : int
-        Number of mixes per track in an epoch.
-    min_gain, max_gain : float
-        Bounds of the uniform distribution of each source's gain.
-    swap_probability : float
-        Probability of reversing the order of a source's channels.
-    seed : int
-        Seed that decides a mix together with its epoch and index.
+    Gains are uniform in [min_gain, max_gain]; `swap_probability` is that of reversing a source's
+    channels. All `tracks` must be able to hold an excerpt; their order affects what is drawn. An
+    epoch has `mixes_per_track` mixes for each of them. Seed, epoch and index decide a mix.
     """
 
     def __init__(
@@ -203,6 +174,7 @@ class RandomMixes:
         # 1 + index, since (seed, epoch, 0) gives the same random numbers as (seed, epoch), which
         # seeds the shuffle of original excerpts.
         rng = np.random.default_rng((self._seed, epoch, 1 + index))
+        # The order of the draws is part of what a seed means: another order gives other mixes.
         places = []
         for _ in range(self._num_sources):
             track, starts = self._tracks[rng.integers(len(self._tracks))]

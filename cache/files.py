@@ -15,18 +15,17 @@ TEMPORARY_SUFFIX = ".part"
 def replacing(path: Path) -> Iterator[Path]:
     """Write a new version of a file under a temporary path, then move it into place.
 
-    Leaving the context normally flushes the temporary file to the disk and renames it to `path`,
-    so that `path` always holds the old content or the new one. Leaving it by an exception keeps
-    the old content. The temporary file is removed in either case.
-
-    An OSError has `path` as its `filename`.
+    `path` always holds the old content or the new one; an exception keeps the old one. An OSError
+    has `path` as its `filename`.
     """
+    # In the same folder, since files cannot be renamed into another file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # the umask decides, even if a library made the file private
+        # The content first: after a power failure, a file that was renamed unflushed may be empty.
         _sync(temporary, os.O_RDONLY)
         temporary.replace(path)
         sync_folder(path.parent)

@@ -32,27 +32,16 @@ class Layout:
 
     Attributes
     ----------
-    sample_rate_hz, num_channels : int
-        Sample rate and channels of the audio and its spectra.
     n_fft, hop_samples : int
         Window and hop of the STFT (periodic Hann, centred, reflect-padded, not normalised).
     stft_dtype : {"float16", "float32"}
         Type of the stored real and imaginary parts.
     sources : tuple of str
         Names of the sources. Signal 0 is the mixture, signal ``1 + i`` is ``sources[i]``.
-    teacher : str
-        Handle of the teacher, as the user gave it.
-    teacher_digest : str
-        SHA-256 of the teacher's files.
-    embedding_size : int
-        Dimensions of an embedding.
+    teacher, teacher_digest : str
+        Handle of the teacher as the user gave it, and the SHA-256 of the teacher's files.
     window_seconds, window_hop_seconds : float
         Length of a teacher window, and the hop from one window to the next.
-
-    Raises
-    ------
-    FieldError
-        If a value is out of range.
     """
 
     sample_rate_hz: int
@@ -110,6 +99,7 @@ class Layout:
 
     def identity(self) -> dict[str, Any]:
         """Return what makes data comparable: all fields except where the teacher came from."""
+        # The teacher's digest stays in: the same files may lie in another folder.
         return {name: value for name, value in self.to_json().items() if name != "teacher"}
 
     @classmethod
@@ -124,12 +114,15 @@ class Layout:
 
 def require_fields(kind: type[Any], values: dict[str, Any]) -> None:
     """Raise FieldError unless JSON values have a dataclass's fields and their plain types."""
+    # The types are classes: with `from __future__ import annotations` they would be strings, and no
+    # value would be checked.
     types = {field.name: field.type for field in fields(kind)}
     if set(values) != set(types):
         raise FieldError(
             f"{kind.__name__} has the fields {sorted(values)}; expected {sorted(types)}"
         )
     for name, expected in types.items():
+        # Containers are for the caller to check.
         plain = expected in (bool, int, float, str)
         if plain and not isinstance(values[name], expected):  # type: ignore[arg-type]
             raise FieldError(
@@ -141,7 +134,7 @@ def require_positive(values: object, *names: str) -> None:
     """Raise FieldError unless the named attributes are positive and finite."""
     for name in names:
         value = getattr(values, name)
-        if not 0 < value < math.inf:
+        if not 0 < value < math.inf:  # false for NaN too
             raise FieldError(f"{name} is {value}; expected a positive number")
 
 
@@ -185,6 +178,8 @@ def track_datasets(
     ``audio``             int16             [signal, channel, sample]; times ``scale``
     ===================== ================= ===========================================
     """
+    # Axis 0 is outermost, so that a signal is contiguous and can be mapped and hashed alone. All
+    # numbers are little-endian, whatever the machine that writes them.
     signals, channels = len(layout.signals), layout.num_channels
     frames = layout.num_frames(num_samples)
     datasets = {

@@ -16,13 +16,12 @@ def open_hdf5(
 ) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading; damage found in the context becomes a DamagedDataError.
 
-    `content` is the content of the file if it was read already. `what` the file should be, and the
-    `remedy` if it is not, are for messages.
+    `content` is the content of the file if it was read already. Messages name `what` and `remedy`.
     """
     try:
         with h5py.File(content or path, "r") as file:
             yield file
-    except CacheError:
+    except CacheError:  # a ValueError too, and more exact than what follows
         raise
     # h5py reports damaged metadata under many names.
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:

@@ -36,13 +36,9 @@ class Statistics:
     Attributes
     ----------
     magnitude_mean, magnitude_std : float64 [bin]
-        Mean and standard deviation over all frames of the mixture's magnitude, which is the mean
-        of the channels' magnitudes.
+        Over all frames of the mixture's magnitude, which is the mean of the channels' magnitudes.
     embedding_mean, embedding_std : float64 [signal, dim]
-        Mean and standard deviation of the teacher's embeddings over all windows that are not
-        silent.
-    num_windows : int64 [signal]
-        Number of these windows.
+        Over all windows that are not silent; `num_windows`, int64 [signal], counts these.
     """
 
     magnitude_mean: npt.NDArray[np.float64]
@@ -66,17 +62,7 @@ class Index:
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check ``index.json``.
-
-    Raises
-    ------
-    MissingDataError
-        If the folder or its index does not exist.
-    FormatVersionError
-        If the index has another version of the format.
-    DamagedDataError
-        If the file is no index, or was altered.
-    """
+    """Read and check ``index.json``; raises CacheError as `read_sealed` does."""
     path = folder / INDEX_NAME
     content = read_sealed(
         path, format_name=INDEX_FORMAT, version=FORMAT_VERSION, command="flsep-precompute"
@@ -90,6 +76,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _parse(content: dict[str, Any]) -> Index:
+    # A digest does not stop forgers: a name with a path would make readers open files elsewhere.
     for name in content["shards"]:
         if Path(name).name != name:
             raise FieldError(f"shard {name!r} is not a file name in this folder")

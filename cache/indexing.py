@@ -19,13 +19,10 @@ from flsep.cache.shard_file import ShardFile
 def build_index(shards: Iterable[ShardFile]) -> Index:
     """Build the index of opened shards; the order of the shards does not matter.
 
-    Raises
-    ------
-    MismatchError
-        If two shards come from different configurations or hold the same track.
-    MissingDataError
-        If there are no shards.
+    Raises MismatchError if two shards come from different configurations or hold the same track,
+    and MissingDataError if there are no shards.
     """
+    # Sorted, so that the same shards give the same index byte for byte.
     files = sorted(shards, key=lambda shard: shard.path.name)
     if not files:
         raise MissingDataError("there are no shards to index")
@@ -66,7 +63,8 @@ def build_index(shards: Iterable[ShardFile]) -> Index:
 
 
 def _merge_statistics(files: list[ShardFile]) -> Statistics | None:
-    """Add up the moments that the shards carry; the order of the sums makes them reproducible."""
+    """Add up the moments of the training tracks; None if there are none."""
+    # Floating-point sums depend on their order, which is that of the sorted files.
     layout = files[0].layout
     num_signals = len(layout.signals)
     num_frames = 0
@@ -81,6 +79,7 @@ def _merge_statistics(files: list[ShardFile]) -> Statistics | None:
             for entry in range(2):
                 magnitude[entry] += shard.read(position, "magnitude_moments", entry, verify=True)
             for signal in range(num_signals):
+                # The moments leave out silent windows, so the count has to leave them out too.
                 activity = shard.read(position, "activity", signal, verify=True)
                 num_windows[signal] += int((activity >= SILENCE_DB).sum())
                 embedding[signal] += shard.read(position, "embedding_moments", signal, verify=True)

@@ -10,14 +10,14 @@ def free_host_bytes(root: Path = _ROOT) -> int:
     """Return the memory that this process can still allocate, in bytes.
 
     This is the free memory of the machine or, if less, what the process's control groups (version
-    1 or 2: a batch job, a container) leave. Cached files count as free, because the kernel drops
-    them when memory is needed. `root` holds ``proc`` and ``sys``.
+    1 or 2: a batch job, a container) leave. `root` holds ``proc`` and ``sys``.
     """
+    # Unlike MemFree, MemAvailable counts cached files as free: the kernel drops them when needed.
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     machine = dict(line.split(":", 1) for line in lines)
     free = [int(machine["MemAvailable"].split()[0]) << 10]
     free += _group_bytes(root)
-    return max(0, min(free))
+    return max(0, min(free))  # a group can be over its limit for a moment
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
@@ -27,6 +27,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
     except OSError:
         return
     for line in lines:
+        # Each line reads "number:controllers:path".
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2 has one hierarchy, without names of controllers
             top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
@@ -51,5 +52,6 @@ def _left_in(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
         return
     statistics = dict(line.split() for line in lines)
     cached = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    # Version 1 has no word for "no limit": it states a number above all memory, which never wins.
     if most != "max":
         yield int(most) - used + cached

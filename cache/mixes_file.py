@@ -54,29 +54,12 @@ class MixesConfig:
         Fingerprint of the shards' configuration, which includes the teacher.
     tracks : str
         `digest_tracks` of the mixed tracks.
-    num_tracks, split : int, str
-        Number of these tracks, and the split that they belong to.
-    num_sources : int
-        Sources of a mix.
-    seed : int
-        Seed that decides a mix together with its epoch and index.
-    excerpt_seconds : float
-        Length of a mix.
     excerpts_per_track : int
         Number of mixes per track in an epoch.
     min_gain, max_gain, swap_probability : float
         See `flsep.cache.RandomMixes`.
     with_stems : bool
         Store embeddings of the scaled stems too.
-    embedding_dtype : {"float16", "float32"}
-        Type of the stored embeddings.
-    num_windows, embedding_size : int
-        Teacher windows in a mix, and dimensions of an embedding.
-
-    Raises
-    ------
-    FieldError
-        If a value is out of range.
     """
 
     shards: str
@@ -118,6 +101,7 @@ class MixesConfig:
 
     def files_of_epoch(self, epoch: int) -> dict[str, range]:
         """Return the files of an epoch by name, with the indices of their mixes."""
+        # The names say nothing of the number of epochs, so that epochs can be added later.
         return {
             f"epoch-{epoch:06d}-{first:07d}.h5": range(
                 first, min(first + MIXES_PER_FILE, self.num_mixes)
@@ -173,6 +157,7 @@ class MixesConfig:
 
 def digest_tracks(tracks: Sequence[TrackRecord]) -> str:
     """Return a digest of the names, the order and the content of tracks."""
+    # Recipes refer to tracks by position, so the order counts.
     return fingerprint([[track.name, track.digest] for track in tracks])
 
 
@@ -185,12 +170,7 @@ def write_mixes(
 ) -> None:
     """Write one file of mixes atomically; `arrays` are those of `MixesConfig.datasets`.
 
-    Raises
-    ------
-    NonFiniteDataError
-        If an array holds NaN or infinity, or values too large for its dtype.
-    OSError
-        If the file cannot be written.
+    Raises NonFiniteDataError for NaN, infinity, and values too large for their dtype.
     """
     data: Arrays = {}
     for name, dataset in config.datasets(len(arrays["track"])).items():
@@ -200,7 +180,8 @@ def write_mixes(
             raise ValueError(f"{name} is {data[name].shape}; expected {dataset.shape}")
         if dataset.dtype.kind == "f" and not np.isfinite(data[name]).all():
             raise NonFiniteDataError(f"{name} would hold NaN or infinity as {dataset.dtype}")
-    # HDF5 can crash when the disk is full, so it writes to memory.
+    # HDF5 can crash when the disk is full, so it writes to memory, where a file has room: it holds
+    # at most MIXES_PER_FILE mixes of a few kilobytes.
     access, creation = (h5py.h5p.create(k) for k in (h5py.h5p.FILE_ACCESS, h5py.h5p.FILE_CREATE))
     image = io.BytesIO()
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, image)
@@ -224,6 +205,7 @@ def write_mixes(
 
 def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
     digest = hashlib.sha256(canonical_json([config.to_json(), epoch]).encode())
+    # The order is that of `MixesConfig.datasets`, in the writer and in the reader.
     for array in arrays.values():
         digest.update(array.data.cast("B"))
     return digest.hexdigest()
@@ -231,11 +213,7 @@ def _digest(config: MixesConfig, epoch: int, arrays: Arrays) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MixesFile:
-    """One file of mixes, read completely and checked.
-
-    `arrays` are those of `MixesConfig.datasets`, `sha256` is the digest of the configuration, the
-    epoch and the arrays, `num_bytes` the size of the file.
-    """
+    """One file of mixes, read completely and checked; `arrays` as in `MixesConfig.datasets`."""
 
     config: MixesConfig
     epoch: int
@@ -259,6 +237,7 @@ class MixesFile:
         def damaged(problem: str) -> DamagedDataError:
             return DamagedDataError(f"{path}: not readable as mixes ({problem}); {REMEDY}")
 
+        # What is missing raises KeyError here, which `open_hdf5` turns into DamagedDataError.
         attributes = file.attrs
         if attributes["format"] != FORMAT_NAME:
             raise damaged(f"an HDF5 file, but not of the format {FORMAT_NAME}")
@@ -272,6 +251,7 @@ class MixesFile:
         arrays = {}
         for name, dataset in expected.items():
             stored = file[name]
+            # Links, external storage and virtual datasets can lead to other files.
             if not is_hard_link(file, name) or stored.external or stored.is_virtual:
                 raise damaged(f"{name} is not stored in this file")
             if (stored.shape, stored.dtype) != (dataset.shape, dataset.dtype):

@@ -41,6 +41,7 @@ def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> Non
     for epoch in range(num_epochs):
         for name in config.files_of_epoch(epoch):
             file = MixesFile.read(folder / name)
+            # A file of an earlier run may lie here under the same name.
             if (file.config, file.epoch) != (config, epoch):
                 raise MismatchError(f"{folder / name}: made with another configuration; {REMEDY}")
             files[name] = {"bytes": file.num_bytes, "sha256": file.sha256}
@@ -59,30 +60,14 @@ def write_mixes_index(folder: Path, config: MixesConfig, num_epochs: int) -> Non
 class Mixes:
     """A folder of rendered mixes with its index.
 
-    Parameters
-    ----------
-    folder : path
-        Output folder of ``flsep-precompute mixes``.
+    The constructor raises CacheError as `flsep.cache.sealed.read_sealed` does.
 
     Attributes
     ----------
-    config, num_epochs : MixesConfig, int
-        Configuration of the mixes, and how many epochs of them there are.
-    packages : dict of str to str
-        Versions of the packages that made the mixes.
     num_bytes : dict of str to int
         Sizes of the files by name.
     digest : str
         Digest of the index, and so of all mixes.
-
-    Raises
-    ------
-    MissingDataError
-        If the folder or its index does not exist.
-    FormatVersionError
-        If the index has another version of the format.
-    DamagedDataError
-        If the file is no index, or was altered.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -97,6 +82,7 @@ class Mixes:
             raise DamagedDataError(
                 f"{path}: not readable as an index ({error}); run {COMMAND} again to renew it"
             ) from error
+        # A cache for each object: a decorated method would share one, and keep all objects alive.
         self._load = lru_cache(_FILES_IN_MEMORY)(self._read)
 
     def _parse(self, content: dict[str, Any]) -> None:
@@ -145,6 +131,8 @@ class Mixes:
                 f"teacher than {shards.folder}; run flsep-precompute mixes {shards.folder} with "
                 "a folder of its own"
             )
+        # Recipes hold positions among the tracks that can hold an excerpt, so list them as the
+        # pipeline did, and compare their digest.
         grid = Grid(shards.layout, config.excerpt_seconds)
         tracks, _ = grid.split_by_length(shards, config.split)
         if config.tracks != digest_tracks(tracks):

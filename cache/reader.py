@@ -24,19 +24,9 @@ class Shards:
     """A folder of shards with its index, as a trainer reads it.
 
     Shards are opened when they are first read. An object can be used from many threads at once
-    and in forked children, and can be pickled.
-
-    Parameters
-    ----------
-    folder : path
-        Output folder of ``flsep-precompute run``.
-    verify : bool
-        Compare each signal of each dataset with its digest when it is first read.
-
-    Raises
-    ------
-    CacheError
-        If there is no index, or it cannot be used; see `read_index`.
+    and in forked children, and can be pickled. With `verify`, each signal of each dataset is
+    compared with its digest when it is first read. The constructor raises CacheError if there is
+    no index, or it cannot be used.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -63,6 +53,7 @@ class Shards:
 
     def check_files(self, *splits: str) -> None:
         """Raise CacheError if shards of the given splits are missing or have another size."""
+        # Sizes only: they reveal missing and cut files before hours of training, and cost little.
         needed = {track.shard for track in self.index.tracks if track.split in splits}
         for name in sorted(needed):
             path = os.path.join(self.folder, name)
@@ -85,19 +76,9 @@ class Shards:
     def read(self, track: TrackRecord, name: str, signal: int) -> npt.NDArray[Any]:
         """Return one signal of a dataset of a track as a read-only memory map.
 
-        Parameters
-        ----------
-        track : TrackRecord
-            One of `tracks`.
-        name : {"stft", "embedding", "activity", "audio"}
-            See `flsep.cache.format.track_datasets` for dtypes and axes.
-        signal : int
-            0 is the mixture, ``1 + i`` the i-th source.
-
-        Raises
-        ------
-        CacheError
-            If the shard is missing, damaged, or not the one that the index describes.
+        `flsep.cache.format.track_datasets` lists the names, dtypes and axes. Signal 0 is the
+        mixture, ``1 + i`` the i-th source. Raises CacheError if the shard is missing, damaged, or
+        not the one that the index describes.
         """
         shard = self._shard(track)
         return shard.read(track.position, name, signal, verify=self._verify)
@@ -118,6 +99,7 @@ class Shards:
             shard = self._open.get(track.shard)
             if shard is None:
                 shard = self._open[track.shard] = self._open_shard(track.shard)
+            # Opened shards stay known without their map; only maps are limited in number.
             self._mapped[track.shard] = shard
             self._mapped.move_to_end(track.shard)
             if len(self._mapped) > _MAX_MAPPED_SHARDS:
@@ -146,6 +128,7 @@ class Shards:
                 "run flsep-precompute again to renew the index"
             )
 
+    # Locks, maps and open files do not travel: each process opens shards for itself.
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "index": self.index, "_verify": self._verify}
 

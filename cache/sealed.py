@@ -18,16 +18,8 @@ def read_sealed(path: Path, *, format_name: str, version: int, command: str) -> 
     """Read a file of `write_sealed` with the expected format and version, written by `command`.
 
     The digest protects against damage, not against forgery: the caller still has to check fields
-    and types.
-
-    Raises
-    ------
-    MissingDataError
-        If the folder or the file does not exist.
-    FormatVersionError
-        If the file has another version of the format.
-    DamagedDataError
-        If the file is not such JSON, has another format, or was altered.
+    and types. Raises MissingDataError, FormatVersionError for another version of the format, and
+    DamagedDataError for another format or an altered file.
     """
     if not path.parent.is_dir():
         raise MissingDataError(f"{path.parent}: no such folder; expected the output of {command}")
@@ -48,6 +40,7 @@ def read_sealed(path: Path, *, format_name: str, version: int, command: str) -> 
             f"{path}: not readable as an index (its format is {found_format!r}, expected "
             f"{format_name!r}); {remedy}"
         )
+    # The version before the digest: another version may be sealed in another way.
     require_version(path, found_version, version, command)
     if not is_intact:
         raise DamagedDataError(f"{path}: altered, its digest does not match; {remedy}")

@@ -70,16 +70,9 @@ class StoredTrack:
 class ShardFile:
     """A shard, opened and checked: format, links, layout, shapes, offsets, size.
 
-    The data itself is compared with its digests when it is read, see `read`.
-
-    Raises
-    ------
-    MissingDataError
-        If there is no such file.
-    FormatVersionError
-        If the file has another version of the format.
-    DamagedDataError
-        If anything is not as the format prescribes.
+    The data itself is compared with its digests when it is read, see `read`. The constructor raises
+    MissingDataError, FormatVersionError, or DamagedDataError if anything is not as the format
+    prescribes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,6 +118,7 @@ class ShardFile:
         split = str(group.attrs["split"])
         if split not in SPLITS or num_samples < 1 or num_windows < 1:
             raise self._damaged(f"{name} has the attributes {dict(group.attrs)}")
+        # Audio is the only optional dataset; all others follow from the layout and the lengths.
         with_audio = "audio" in group
         expected = track_datasets(
             self.layout, num_samples=num_samples, num_windows=num_windows, with_audio=with_audio
@@ -153,6 +147,7 @@ class ShardFile:
                 f"{place} is {stored.dtype} {stored.shape}; "
                 f"expected {expected.dtype} {expected.shape}"
             )
+        # A read of the map beyond the end of the file would end the process.
         offset = stored.id.get_offset()
         if offset is None or offset + expected.num_bytes > self.num_bytes:
             raise self._damaged(
@@ -173,14 +168,8 @@ class ShardFile:
     def read(self, track: int, name: str, entry: int, *, verify: bool) -> npt.NDArray[Any]:
         """Return one entry of axis 0 (signal) of a track's dataset as a read-only memory map.
 
-        With `verify`, the entry is compared with its digest the first time it is read.
-
-        Raises
-        ------
-        DamagedDataError
-            If the entry does not match its digest.
-        MismatchError
-            If the file was replaced since it was opened.
+        With `verify`, the entry is compared with its digest the first time it is read. Raises
+        DamagedDataError if they differ, MismatchError if the file was replaced since it was opened.
         """
         stored = self.tracks[track].datasets[name]
         shape = stored.dataset.shape[1:]
@@ -208,6 +197,7 @@ class ShardFile:
         self._verified.add((track, name, entry))
 
     def _mapped(self) -> mmap.mmap:
+        # A local name: another thread may unmap the shard at any time.
         mapped = self._map
         if mapped is None:
             with open(self.path, "rb") as file:

@@ -15,17 +15,7 @@ _BYTES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackPlan:
-    """Identity and length of a track: all sizes of its datasets follow.
-
-    Attributes
-    ----------
-    name, split : str
-        Name of the track, and "train", "valid" or "test".
-    num_samples, num_windows : int
-        Length of every signal in samples, and in windows of the teacher.
-    with_audio : bool
-        Whether to store the audio too.
-    """
+    """Identity and length of a track in samples and teacher windows; its datasets follow."""
 
     name: str
     split: str
@@ -63,14 +53,8 @@ class _AudioPass:
 class TrackWriter:
     """Fill the datasets of one track, each entry of axis 0 (signal) from front to back.
 
-    The bytes go straight to their place in the file, past HDF5.
-
-    Attributes
-    ----------
-    datasets : dict of str to Dataset
-        Datasets to fill, by name.
-    audio_scale : float64 [signal]
-        Factor that turns the int16 samples into the waveform.
+    The bytes go straight to their place in the file, past HDF5. `audio_scale`, float64 [signal], is
+    the factor that turns the int16 samples into the waveform.
     """
 
     def __init__(
@@ -89,21 +73,10 @@ class TrackWriter:
         self.audio_scale = np.zeros(len(layout.signals))
 
     def append(self, name: str, entry: int, block: npt.ArrayLike) -> None:
-        """Write the next rows of one entry of a dataset.
+        """Write the next rows of one entry (axis 0) of a dataset.
 
-        Parameters
-        ----------
-        name : str
-            Dataset, e.g. ``stft``.
-        entry : int
-            Position on axis 0.
-        block : array [row, ...]
-            Continues where the last block of this entry ended; cast to the dataset's dtype.
-
-        Raises
-        ------
-        ValueError
-            If the block does not fit the dataset, or holds NaN or infinity.
+        `block` [row, ...] continues where the last one of this entry ended, and is cast to the
+        dataset's dtype. Raises ValueError if it does not fit, or holds NaN or infinity.
         """
         dataset = self.datasets[name]
         data = np.ascontiguousarray(block, dtype=dataset.dtype)
@@ -116,6 +89,7 @@ class TrackWriter:
             )
         if not _is_finite(data):
             raise ValueError(f"{name}[{entry}] would hold NaN or infinity from row {start}")
+        # Entries are contiguous and filled from front to back, so the hash grows with the file.
         raw = data.data.cast("B")
         self._hashes[name, entry].update(raw)
         self._written[name, entry] = written + len(raw)
@@ -130,6 +104,7 @@ class TrackWriter:
         """Write one signal's embeddings, [window, dim], levels, [window], and their moments."""
         self.append("embedding", signal, embedding)
         self.append("activity", signal, activity_db)
+        # In float64: the variance of a corpus is a small difference of large sums.
         active = embedding[activity_db >= SILENCE_DB].astype(np.float64)
         self.append("embedding_moments", signal, [active.sum(axis=0), (active**2).sum(axis=0)])
 
@@ -141,11 +116,6 @@ class TrackWriter:
         block turns out to need a larger scale, the remaining blocks are only searched for the peak.
         `needs_audio_again` is then true at the end, and a second pass over the same blocks writes
         the signal.
-
-        Raises
-        ------
-        ValueError
-            If the block does not fit the dataset.
         """
         _, num_channels, num_samples = self.datasets["audio"].shape
         state = self._audio[signal]
@@ -162,6 +132,7 @@ class TrackWriter:
             state.scale = needed
         if state.scale == needed:
             rounded = np.round(block / np.float32(state.scale)).astype(np.int16, order="C")
+            # Channels lie one after the other in the file, so a block has one place in each.
             for channel, samples in enumerate(rounded):
                 position = 2 * (channel * num_samples + state.num_samples)
                 _write_at(

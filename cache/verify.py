@@ -13,6 +13,8 @@ from flsep.cache.index import read_index
 from flsep.cache.mixes_folder import Mixes
 from flsep.cache.shard_file import ShardFile
 
+# HDF5 can crash on a manipulated file, so a child process opens each file first. It answers with a
+# line for each path, whatever the file holds: only a crash leaves a path without an answer.
 _OPEN_EACH = """
 import json, sys
 from pathlib import Path
@@ -39,12 +41,7 @@ class FileVerdict:
 def verify_shards(folder: Path) -> Iterator[FileVerdict]:
     """Check every shard that the index of `folder` lists, one verdict at a time.
 
-    HDF5 can crash on a manipulated file, so a child process opens each file first.
-
-    Raises
-    ------
-    CacheError
-        If the index itself cannot be used.
+    Raises CacheError if the index itself cannot be used.
     """
     index = read_index(folder)
     listed: defaultdict[str, dict[int, str]] = defaultdict(dict)
@@ -55,6 +52,7 @@ def verify_shards(folder: Path) -> Iterator[FileVerdict]:
             try:
                 trial.open(folder / name)
                 shard = ShardFile(folder / name)
+                # The index must list these tracks and no others, in these places.
                 stored = {place: track.digest for place, track in enumerate(shard.tracks)}
                 if shard.fingerprint != index.fingerprint or stored != listed[name]:
                     raise MismatchError(
@@ -100,7 +98,7 @@ class _TrialProcess:
 
     def __exit__(self, *exception: object) -> None:
         if self._process is not None:
-            self._process.communicate()
+            self._process.communicate()  # closes its input, which ends it, and reaps it
             self._process = None
 
     def open(self, path: Path) -> None:

@@ -32,32 +32,19 @@ class ShardWriter:
     """Write a shard of one or more tracks.
 
     A context manager. Entering it lays out the file under a temporary name and reserves its space
-    on the disk. Leaving it normally checks the file, flushes it to the disk and renames it; an
-    exception removes it.
+    on the disk, or raises OSError. Leaving it normally checks the file, flushes it to the disk and
+    renames it; an exception removes it.
 
     Parameters
     ----------
-    path : Path
-        Final name; its folder exists.
-    layout : Layout
-        Kind and axes of the data.
-    tracks : sequence of TrackPlan
-        Tracks of the shard, in order.
     config : dict
         The resolved configuration, JSON values. Its fingerprint, with the layout's identity added
         as the field ``layout``, ties shards together.
-    packages : dict
-        Versions of the packages that made the data.
 
     Attributes
     ----------
     tracks : list of TrackWriter
-        One writer a track, in the same order, to be filled while the context is open.
-
-    Raises
-    ------
-    OSError
-        On entering, if the disk has no room for the shard.
+        One writer for each planned track, to be filled while the context is open.
     """
 
     def __init__(
@@ -125,6 +112,7 @@ class ShardWriter:
         )
         for properties in (creation, group_creation, contiguous):
             properties.set_obj_track_times(False)  # the same content gives the same bytes
+        # Space is assigned now, so that offsets are known, but not filled: TrackWriter does that.
         contiguous.set_layout(h5py.h5d.CONTIGUOUS)
         contiguous.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         contiguous.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -151,6 +139,7 @@ class ShardWriter:
                     space = h5py.h5s.create_simple(dataset.shape)
                     stored = h5py.h5d.create(group.id, key.encode(), kind, space, dcpl=contiguous)
                     places[key] = stored.get_offset()
+                    # Placeholders of the final size: `_finish` overwrites them in place.
                     attributes = h5py.Dataset(stored).attrs
                     attributes["sha256"] = np.full(dataset.shape[0], b"?" * 64, dtype="S64")
                     if key == "audio":
@@ -173,6 +162,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         """Store digests and scales, flush, check that the file opens, and rename it."""
+        # Digests first: they refuse a track that is not complete before anything is written.
         digests = [track.digests() for track in self.tracks]
         with h5py.File(self._temporary, "r+") as file:
             for number, (track, values) in enumerate(zip(self.tracks, digests, strict=True)):
@@ -182,7 +172,7 @@ class ShardWriter:
                 if "audio" in values:
                     group["audio"].attrs.modify("scale", track.audio_scale)
         os.fsync(self._descriptor)
-        ShardFile(self._temporary)
+        ShardFile(self._temporary)  # raises if the shard cannot be opened
         self._temporary.replace(self.path)
         sync_folder(self.path.parent)
 

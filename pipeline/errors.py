@@ -20,15 +20,10 @@ class SignalError(FlsepError):
 
 
 class TrackError(FlsepError):
-    """A track cannot be stored.
-
-    Attributes
-    ----------
-    track, reason : str
-        Name of the track, and why it cannot be stored.
-    """
+    """A track cannot be stored."""
 
     def __init__(self, track: str, reason: str) -> None:
+        # Both as arguments: workers send the error back pickled, and it is rebuilt from them.
         super().__init__(track, reason)
         self.track = track
         self.reason = reason

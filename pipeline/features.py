@@ -23,15 +23,7 @@ _CONVERTED_AT_ONCE = 1 << 15  # numbers; as many as fit into the processor's cac
 
 
 class Pieces:
-    """Cut a waveform that comes in blocks into pieces of equal length, which may overlap.
-
-    Parameters
-    ----------
-    size
-        Length of a piece in samples.
-    step
-        Samples from the start of one piece to the start of the next.
-    """
+    """Cut a waveform that comes in blocks into pieces of `size` samples, `step` samples apart."""
 
     def __init__(self, size: int, step: int) -> None:
         self._size = size
@@ -47,6 +39,7 @@ class Pieces:
         """
         if not self._buffer.size:
             self._buffer = np.empty((*block.shape[:-1], self._size), np.float32)
+        # Pieces overlap if the step is shorter than a piece, and leave gaps if it is longer.
         start = 0
         while True:
             skipped = min(self._num_skipped, block.shape[-1] - start)
@@ -76,16 +69,8 @@ class Stft:
     """Compute the short-time Fourier transform of a waveform that comes in blocks.
 
     The result is that of `librosa.stft` and `torch.stft`: periodic Hann window, frame k centred on
-    sample k * hop, reflection at both ends, no normalisation, 1 + num_samples // hop frames.
-
-    Parameters
-    ----------
-    n_fft
-        Length of a window in samples, even.
-    hop
-        Samples from one frame to the next.
-    block_frames
-        Frames in each block of the result except the last. The values do not depend on it.
+    sample k * hop, reflection at both ends, no normalisation, 1 + num_samples // hop frames. They
+    come in blocks of `block_frames`, on which their values do not depend.
     """
 
     def __init__(self, *, n_fft: int = 4096, hop: int = 1024, block_frames: int = 128) -> None:
@@ -103,16 +88,15 @@ class Stft:
         self._is_started = False
 
     def add(self, block: NDArray[np.float32]) -> Iterator[NDArray[np.complex64]]:
-        """Take the next samples, float32 [channel, sample].
+        """Take the next samples, float32 [channel, sample]; yield the blocks that they complete.
 
-        Yields
-        ------
-        complex64 [frame, channel, bin]
-            The blocks of frames that these samples complete, n_fft // 2 + 1 bins.
+        A block is complex64 [frame, channel, bin] with n_fft // 2 + 1 bins.
         """
         if block.ndim != 2:
             raise ValueError(f"a waveform of shape {block.shape}: expected [channel, sample]")
         half = self._n_fft // 2
+        # `block` grows by the samples before it: at the start all of them, later as many as the
+        # reflection at the end needs. `fresh` is what the pieces have not seen yet.
         fresh = block
         if self._ends is not None and (not self._is_started or block.shape[1] <= half):
             block = np.concatenate([self._ends, block], axis=1)
@@ -132,6 +116,7 @@ class Stft:
                 f"a waveform of {num_samples} samples: expected at least {self._n_fft // 2 + 1} to "
                 f"reflect half a window of n_fft {self._n_fft}; leave the track out"
             )
+        # The last sample is the mirror, so it is not repeated.
         yield from map(self._transform, self._pieces.add(self._ends[:, -2::-1]))
         rest = self._pieces.rest()
         if rest.shape[1] >= self._n_fft:
@@ -146,28 +131,16 @@ class Stft:
 
 
 def inverse_stft(spectrum: NDArray[np.complex64], *, n_fft: int, hop: int) -> NDArray[np.float32]:
-    """Invert the short-time Fourier transform of one channel.
+    """Invert the STFT of one channel, complex64 [frame, bin], with a hop of at most n_fft // 2.
 
     Overlap-add of windowed frames, divided by the sum of the squared windows, as in
     `librosa.istft`; Griffin and Lim (1984), "Signal estimation from modified short-time Fourier
-    transform", equation 6.
-
-    Parameters
-    ----------
-    spectrum
-        complex64 [frame, bin] as from `Stft`; missing bins at the top count as 0.
-    n_fft
-        Length of a window in samples.
-    hop
-        Samples from one frame to the next, at most n_fft // 2.
-
-    Returns
-    -------
-    waveform
-        float32 [sample], (frames - 1) * hop samples.
+    transform", equation 6. Missing bins at the top count as 0. Returns float32 [sample],
+    (frames - 1) * hop samples.
     """
     frames = scipy.fft.irfft(spectrum, n_fft, axis=-1)
     frames *= _hann(n_fft)
+    # Half a window at either end is the reflection that `Stft` added.
     inside = slice(n_fft // 2, n_fft // 2 + (len(frames) - 1) * hop)
     waveform: NDArray[np.float32] = _overlap_add(frames, hop)[inside]
     waveform *= _inverse_weight(len(frames), n_fft, hop)[inside]
@@ -190,34 +163,22 @@ def _inverse_weight(num_frames: int, n_fft: int, hop: int) -> NDArray[np.float32
 
 
 def _hann(size: int) -> NDArray[np.float32]:
+    # Periodic: the divisor is `size`, not `size - 1` as in a symmetric window.
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
     return window.astype(np.float32)
 
 
 def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
-    """Convert complex numbers to pairs of real and imaginary part, as a shard stores them.
+    """Convert contiguous complex64 [...] to real and imaginary parts, [..., 2], as in a shard.
 
-    Parameters
-    ----------
-    spectrum
-        complex64 [...], contiguous.
-    dtype
-        float16 or float32.
-
-    Returns
-    -------
-    packed
-        dtype [..., 2]; for float32 a view of the spectrum.
-
-    Raises
-    ------
-    SignalError
-        If a part is NaN, infinite, or too large for the dtype (65504 in float16).
+    The dtype is float16 or float32; the result in float32 is a view of the spectrum. Raises
+    SignalError if a part is NaN, infinite, or too large for the dtype (65504 in float16).
     """
     target = np.dtype(dtype)
     if target not in (np.float16, np.float32):
         raise ValueError(f"dtype {target}: expected float16 or float32")
     parts = spectrum.view(np.float32).reshape(*spectrum.shape, 2)
+    # Two reductions instead of the maximum of np.abs, which would make a copy; NaN passes through.
     peak = np.maximum(parts.max(initial=0), -parts.min(initial=0))
     limit = float(np.finfo(target).max)
     if not peak <= limit:  # true for NaN too
@@ -227,18 +188,12 @@ def pack(spectrum: NDArray[np.complex64], dtype: DTypeLike) -> NDArray[Any]:
 
 
 def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Round to the nearest float16, ties to even: `values.astype(np.float16)`, faster.
-
-    NumPy converts one number at a time, and numbers below 2**-14 very slowly. Here a float32
-    addition does the rounding: in the sum of a number and 2**(exponent + 13), as many bits are left
-    for the number as float16 has. The lowest bits of the sum are then the mantissa with its leading
-    one, which carries into the exponent that is added to it.
-
-    Parameters
-    ----------
-    values
-        float32 [...], contiguous, of magnitude below 65536.
-    """
+    """Compute `values.astype(np.float16)`, faster; values are contiguous and below 65536."""
+    # NumPy converts one number at a time, and numbers below 2**-14 very slowly. Here a float32
+    # addition does the rounding (to nearest, ties to even): in the sum of a number and
+    # 2**(exponent + 13), as many bits are left for the number as float16 has. The lowest bits of
+    # the sum are then the mantissa with its leading one, which carries into the exponent that is
+    # added to it.
     result = np.empty(values.shape, np.float16)
     source, target = values.reshape(-1).view(np.int32), result.reshape(-1).view(np.uint16)
     exponents, numbers = np.empty((2, _CONVERTED_AT_ONCE), np.int32)
@@ -262,26 +217,14 @@ def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def widen(packed: NDArray[Any], factor: float, scratch: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Multiply packed numbers by a factor in float32: ``packed * np.float32(factor)``, faster.
+    """Compute ``packed * np.float32(factor)`` for finite float16 or float32 [...], faster.
 
-    NumPy converts one float16 at a time. Here the bits of all numbers are shifted to their places
-    in float32. The exponents are then too small by the difference of the biases, 112, which the
-    factor makes up for.
-
-    Parameters
-    ----------
-    packed
-        float16 or float32 [...], finite.
-    factor
-        At most 2**15 in magnitude.
-    scratch
-        int32 [...], overwritten.
-
-    Returns
-    -------
-    product
-        float32 [...], in the memory of `scratch`.
+    The magnitude of the factor is at most 2**15. The result is float32 [...] in the memory of
+    `scratch`, int32 [...].
     """
+    # NumPy converts one float16 at a time. Here the bits of all numbers are shifted to their places
+    # in float32. The exponents are then too small by the difference of the biases, 112, which the
+    # factor makes up for.
     product: NDArray[np.float32] = scratch.view(np.float32)
     if packed.dtype != np.float16:
         np.multiply(packed, np.float32(factor), out=product)
@@ -294,16 +237,7 @@ def widen(packed: NDArray[Any], factor: float, scratch: NDArray[np.int32]) -> ND
 
 
 class MonoStream:
-    """Average the channels of a waveform that comes in blocks, and resample it with soxr (HQ).
-
-    Parameters
-    ----------
-    from_hz, to_hz
-        Sample rates.
-    num_samples
-        Length of the result. The resampler may give a few samples more or fewer, so the end is cut
-        or filled with zeros.
-    """
+    """Average the channels of a waveform in blocks, and resample it (soxr, HQ) to `num_samples`."""
 
     def __init__(self, from_hz: int, to_hz: int, num_samples: int) -> None:
         self._resampler = (
@@ -327,6 +261,8 @@ class MonoStream:
         return np.pad(left, (0, self._num_missing))
 
     def _limit(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        # The resampler may give a few samples more or fewer than expected: the end is cut here, or
+        # filled with zeros in `finish`.
         samples = samples[: self._num_missing]
         self._num_missing -= len(samples)
         return samples
@@ -335,24 +271,10 @@ class MonoStream:
 def activity_db(
     mono: NDArray[np.float32], window_samples: int, hop_samples: int, num_windows: int
 ) -> NDArray[np.float32]:
-    """Measure the level of each of a teacher's windows.
+    """Measure the level of each of a teacher's windows in dBFS, float32 [window].
 
-    Parameters
-    ----------
-    mono
-        float32 [sample], full scale 1.
-    window_samples
-        Length of a window; a window that exceeds the waveform is measured up to its end.
-    hop_samples
-        Samples from one window to the next.
-    num_windows
-        Number of windows of the teacher.
-
-    Returns
-    -------
-    level
-        float32 [window]: 10 log10 of the mean square, dBFS, at least `SILENCE_DB`. A sine of
-        amplitude 1 has -3.01 dBFS.
+    The level is 10 log10 of the mean square, at least `SILENCE_DB`; a sine of amplitude 1, which is
+    full scale, has -3.01 dBFS. A window that exceeds the waveform is measured up to its end.
     """
     starts = hop_samples * np.arange(num_windows)
     if num_windows and starts[-1] >= len(mono):
@@ -366,17 +288,10 @@ def activity_db(
 
 
 class MagnitudeMoments:
-    """Accumulate the moments from which mean and standard deviation of the magnitude follow.
+    """Accumulate the sums of magnitudes and of their squares over frames, float64 [bin].
 
     As in open-unmix-pytorch, `scripts/train.py`, `get_statistics`: magnitudes are averaged over the
     channels, and each frame is one sample.
-
-    Attributes
-    ----------
-    count
-        Number of frames added.
-    total, total_squares
-        float64 [bin]: sum of the magnitudes, and of their squares.
     """
 
     def __init__(self, num_bins: int) -> None:

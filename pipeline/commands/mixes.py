@@ -22,6 +22,7 @@ from flsep.pipeline.commands.worker_options import choose_workers, describe_work
 if TYPE_CHECKING:
     from flsep.pipeline.mixes.task import MixesTask
 
+# Options whose names are those of fields in MixesConfig.
 _CHOSEN = ("split", "seed", "min_gain", "max_gain", "swap_probability", "embedding_dtype")
 
 
@@ -181,6 +182,7 @@ def mixes_command(
 
 def describe_mixes(config: MixesConfig, num_epochs: int) -> None:
     """Print what some epochs of mixes hold, and their size."""
+    # The datasets only: HDF5 adds a little for each file.
     num_bytes = config.num_bytes(config.num_mixes)
     hours = config.num_mixes * config.excerpt_seconds / 3600
     click.echo(

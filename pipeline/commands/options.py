@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from flsep.pipeline.shards.plan import Plan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-DEFAULTS = FeatureConfig()
+DEFAULTS = FeatureConfig()  # the configuration alone says what the defaults are
 
 
 def corpus_options(command: Command) -> Command:
     """Add the options that decide what the shards hold."""
+    # In the order in which --help lists them.
     options = [
         click.option(
             "--sources",
@@ -96,6 +97,7 @@ def corpus_options(command: Command) -> Command:
             help="Collect short tracks of a split in shards of about this size.",
         ),
     ]
+    # Decorators apply from the bottom up, so the last option comes first.
     for option in reversed(options):
         command = option(command)
     return command
@@ -103,9 +105,11 @@ def corpus_options(command: Command) -> Command:
 
 def make_plan(corpus: Path, options: dict[str, Any]) -> tuple["Corpus", FeatureConfig, "Plan"]:
     """Find the corpus and plan its shards according to `corpus_options`."""
+    # The import loads the decoders, for which --help should not wait.
     from flsep.pipeline.corpus.tracks import find_corpus
     from flsep.pipeline.shards.plan import plan_shards
 
+    # The configuration checks its values, so wrong options fail before any file is opened.
     config = FeatureConfig(
         sample_rate_hz=options["sample_rate"],
         num_channels=options["channels"],

@@ -23,12 +23,14 @@ Task = TypeVar("Task")
 def describe_plan(corpus: "Corpus", config: FeatureConfig, plan: "Plan") -> None:
     """Print the plan; rejected tracks go to stderr."""
     hours = sum(task.audio_seconds(config.sample_rate_hz) for task in plan.tasks) / 3600
+    # Splits without tracks are left out of the counts.
     splits = [planned.track.split for planned in plan.tracks]
     counts = ", ".join(f"{splits.count(s)} {s}" for s in ("train", "valid", "test") if s in splits)
     click.echo(f"corpus   {corpus.root} ({corpus.kind}), sources {', '.join(corpus.sources)}")
     click.echo(f"tracks   {len(splits)} ({counts}), {show_hours(hours)} of mixtures")
     click.echo(f"shards   {len(plan.tasks)}, {show_bytes(plan.num_bytes)} in all")
     click.echo(f"memory   {show_bytes(WORKER_BYTES)} a worker, with a teacher of VGGish's size")
+    # Stdout keeps the plan alone, so that it can be piped into a file.
     for name, reason in plan.rejected:
         click.echo(f"rejected {name}: {reason}", err=True)
 
@@ -65,6 +67,7 @@ def show_progress(
     """
     from tqdm import tqdm
 
+    # Hours of audio, not tasks, measure the work: tasks differ widely in length.
     start = time.monotonic()
     num_all = sum(map(count, tasks))
     num_done, seconds_done = 0, 0.0
@@ -79,6 +82,7 @@ def show_progress(
     ) as bar:
 
         def report(task: Task, result: "TaskReport | None") -> None:
+            # A task that failed has no report, and counts as done all the same.
             nonlocal num_done, seconds_done
             num_done += count(task)
             seconds_done += audio_seconds(task)
@@ -86,7 +90,9 @@ def show_progress(
             bar.set_postfix_str(
                 f"{num_done}/{num_all} {noun}, {rate:.2g} audio h/min", refresh=False
             )
+            # Rounding must not carry the bar beyond its total.
             bar.update(min(audio_seconds(task) / 3600, bar.total - bar.n))
+            # `bar.write` prints above the bar; a plain print would break it.
             for name, reason in result.rejected if result else ():
                 bar.write(f"rejected {name}: {reason}", file=sys.stderr)
 
@@ -114,6 +120,7 @@ def describe_summary(
         f"were there already) in {summary.wall_seconds:.1f} s: {speed}"
     )
     describe_time(summary.seconds)
+    # Problems go to stderr, even those that this run has repaired.
     for problem in summary.renewed:
         click.echo(f"renewed  {problem}", err=True)
     if summary.failed:
@@ -124,6 +131,7 @@ def describe_summary(
 
 def describe_time(seconds: dict[str, float]) -> None:
     """Print the share of each phase in the workers' time, without loading the teacher."""
+    # Each worker loads the teacher once, which would hide the other phases in short runs.
     phases = {phase: spent for phase, spent in sorted(seconds.items()) if phase != "load"}
     if total := sum(phases.values()):
         shares = (f"{phase} {100 * spent / total:.0f} %" for phase, spent in phases.items())

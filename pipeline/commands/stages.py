@@ -24,5 +24,7 @@ def run_with_workers(
     """Run the tasks of a stage on workers as from `choose_workers`."""
     from flsep.pipeline.execution.stage import run_stage
 
+    # The workers come first: their own messages would break the progress bar, and the time in which
+    # they start is not work done.
     with start_workers(workers) as runner, progress as report:
         return run_stage(stage, tasks, runner=runner, report=report, is_part=is_part)

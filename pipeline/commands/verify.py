@@ -94,5 +94,6 @@ def inspect_command(shard: Path) -> None:
         click.echo(f"  {split:5} {seconds:8.1f} s {num_windows:5} windows  {name}  [{rest}]")
 
 
+# The versions matter when two machines give different digests for the same corpus.
 def _join(packages: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in packages.items())

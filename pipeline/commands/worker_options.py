@@ -23,6 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def worker_options(command: Command) -> Command:
     """Add the options that decide where tasks run."""
+    # In the order in which --help lists them.
     options = [
         click.option(
             "--workers",
@@ -61,6 +62,7 @@ def worker_options(command: Command) -> Command:
             "They must see CORPUS, SHARDS and the teacher under the same paths.",
         ),
     ]
+    # Decorators apply from the bottom up, so the last option comes first.
     for option in reversed(options):
         command = option(command)
     return command
@@ -86,6 +88,7 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
 
     workers, adapt, kind = options["workers"], options["adapt"], options["cluster"]
     given = dict(options["cluster_settings"])
+    # A running scheduler has its own workers, so no other option of this group can take effect.
     if address := options["scheduler"]:
         if workers is not None or adapt or kind != "local" or given:
             raise SettingsError(
@@ -97,13 +100,16 @@ def choose_workers(folder: Path, options: dict[str, Any]) -> "ClusterSettings | 
         raise SettingsError("--workers and --adapt: give one of them")
     if adapt and not adapt[0] <= adapt[1] > 0:
         raise SettingsError(f"--adapt {adapt[0]}:{adapt[1]}: expected MIN:MAX with MIN <= MAX")
+    # The cores of this machine say nothing about how many jobs a batch system should run.
     if kind != "local" and not workers and not adapt:
         raise SettingsError(f"--cluster {kind}: give --workers N or --adapt MIN:MAX")
     if workers is None:
         workers = count_cores()
     min_workers, max_workers = adapt or (workers, workers)
+    # Also for no workers, since this process then needs the memory itself.
     if kind == "local":
         require_memory(max_workers)
+    # Without workers there is no Dask cluster, so its options cannot take effect.
     if not max_workers:
         if given:
             raise SettingsError("--cluster-option: has no effect with --workers 0")
@@ -129,7 +135,9 @@ def start_workers(workers: "ClusterSettings | str | None") -> Iterator[Any]:
         yield run_inline
         return
     connect = remote_client(workers) if isinstance(workers, str) else start_cluster(workers)
+    # Jobs can only be asked for where this process has submitted them.
     kind = None if isinstance(workers, str) else workers.kind
+    # Leaving the context ends a cluster that was started here, but not a running scheduler.
     with connect as client:
         click.echo(f"workers  {describe_client(client)}")
         yield partial(run_on, client, idle=WorkerWatch(client, kind))
@@ -143,12 +151,14 @@ def describe_workers(workers: "ClusterSettings | str | None") -> None:
         fewest, most = workers.min_workers, workers.max_workers
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         click.echo(f"workers  {number}, {workers.kind}")
+        # The script shows mistakes in options of the batch system without a wait in its queue.
         if workers.kind != "local":
             click.echo(f"\n{job_script(workers)}")
 
 
 def describe_client(client: Any) -> str:
     """Return the number of workers, the scheduler's address and its dashboard."""
+    # -1 asks for all workers, however many there are.
     information = client.scheduler_info(n_workers=-1)
     place = f"{len(information['workers'])} at {client.scheduler.address}"
     has_dashboard = "dashboard" in information["services"]
@@ -157,6 +167,7 @@ def describe_client(client: Any) -> str:
 
 def require_memory(workers: int) -> None:
     """Refuse more workers than fit into the free memory of this machine or job."""
+    # Checked before the work starts: a worker out of memory would be killed hours later.
     needed = max(workers, 1) * WORKER_BYTES
     available = free_host_bytes()
     if needed > available:

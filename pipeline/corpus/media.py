@@ -27,15 +27,7 @@ _UNKNOWN_CHUNK_BYTES = 0x7FFFF000  # a size from here on means unknown: written 
 
 @dataclass(frozen=True, slots=True)
 class AudioStream:
-    """Where to find one signal.
-
-    Attributes
-    ----------
-    path
-        The file.
-    stream
-        Index among the audio streams of a container; None for the first.
-    """
+    """Where to find one signal: a file, and the index among its audio streams (None: the first)."""
 
     path: Path
     stream: int | None = None
@@ -47,11 +39,7 @@ class AudioStream:
 
 @dataclass(frozen=True, slots=True)
 class MediaInfo:
-    """What a file's header says about one of its audio streams.
-
-    ``num_samples`` is the length of a channel, to within `tolerance_samples`; ``num_streams``
-    counts the audio streams of the file.
-    """
+    """What a header says about one audio stream; `num_samples` to within `tolerance_samples`."""
 
     sample_rate_hz: int
     num_channels: int
@@ -69,24 +57,12 @@ def tolerance_samples(source: AudioStream) -> int:
 
 
 def probe(source: AudioStream) -> MediaInfo:
-    """Read the header of one stream.
-
-    Raises
-    ------
-    MediaError
-        If the file is missing, unreadable, empty or cut short, or has too few audio streams.
-    """
+    """Read the header of one stream; raises MediaError for missing, unreadable and cut files."""
     return probe_all([source])[0]
 
 
 def probe_all(sources: Sequence[AudioStream]) -> list[MediaInfo]:
-    """Probe several streams, opening each file once.
-
-    Raises
-    ------
-    MediaError
-        As `probe` does, for the first bad stream.
-    """
+    """Probe several streams, opening each file once; raises MediaError for the first bad one."""
     infos = {path: _read_headers(path) for path in dict.fromkeys(source.path for source in sources)}
     return [_pick(source, infos[source.path]) for source in sources]
 
@@ -94,30 +70,12 @@ def probe_all(sources: Sequence[AudioStream]) -> list[MediaInfo]:
 def decode(
     source: AudioStream, *, sample_rate_hz: int = 44100, num_channels: int = 2
 ) -> Iterator[NDArray[np.float32]]:
-    """Decode one stream; resample it (soxr, HQ) and copy mono to all channels where needed.
+    """Decode one stream in blocks of about 1.5 s, float32 [channel, sample], full scale 1.
 
-    Containers are trimmed as by the program `ffmpeg`: the encoder's priming is dropped, the padding
-    of the last codec frame is kept.
-
-    Parameters
-    ----------
-    source
-        Stream to decode.
-    sample_rate_hz
-        Sample rate of the result.
-    num_channels
-        Channels of the result; the stream has as many, or one.
-
-    Yields
-    ------
-    block
-        float32 [channel, sample], full scale 1, about 1.5 s.
-
-    Raises
-    ------
-    MediaError
-        If the file is missing, undecodable, empty or shorter than declared, has too few audio
-        streams or another number of channels, or holds NaN or infinity.
+    The stream is resampled (soxr, HQ) and mono is copied to all channels where needed. Containers
+    are trimmed as by the program `ffmpeg`: the encoder's priming is dropped, the padding of the
+    last codec frame is kept. Raises MediaError if the file is missing, undecodable, empty or not as
+    long as declared, has another number of channels, or holds NaN or infinity.
     """
     with _open(source.path) as (infos, read):
         info = _pick(source, infos)
@@ -126,6 +84,7 @@ def decode(
                 f"{source}: has {info.num_channels} channels, expected {num_channels} or 1; "
                 "mix it down first"
             )
+        # Check before resampling: the declared length counts samples of the file's own rate.
         blocks = _complete(read(source.stream or 0), source, info.num_samples)
         if info.sample_rate_hz != sample_rate_hz:
             blocks = _resample(blocks, info, sample_rate_hz)
@@ -155,7 +114,7 @@ def _pick(source: AudioStream, infos: tuple[MediaInfo, ...]) -> MediaInfo:
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Opened]:
-    """Open a file with the reader for its kind."""
+    # `_readable` is the outer context, so that it also sees errors raised while decoding.
     opener: Callable[[Path], AbstractContextManager[_Opened]]
     opener = _open_sound if _is_sound(path) else _open_container
     with _readable(path), opener(path) as opened:
@@ -211,6 +170,7 @@ def _open_container(path: Path) -> Iterator[_Opened]:
                         f"{path}: holds {container.size} bytes, but its index reaches "
                         f"{last.pos + last.size}; cut short, replace it"
                     )
+            # Not all containers state a length for each stream; some state only their own.
             if stream.duration is not None and stream.time_base is not None:
                 seconds = float(stream.duration * stream.time_base)
             elif container.duration is not None:
@@ -253,6 +213,7 @@ def _complete(blocks: _Blocks, source: AudioStream, num_declared: int) -> _Block
     slack = tolerance_samples(source)
     for block in blocks:
         num_samples += len(block)
+        # A stream that goes on beyond its declared length is refused below: decode no more of it.
         if num_samples > num_declared + slack:
             break
         if not np.isfinite(block).all():
@@ -272,4 +233,5 @@ def _resample(blocks: _Blocks, info: MediaInfo, sample_rate_hz: int) -> _Blocks:
     )
     for block in blocks:
         yield resampler.resample_chunk(block)
+    # The resampler holds samples back until it is told that no more follow.
     yield resampler.resample_chunk(np.empty((0, info.num_channels), np.float32), last=True)

@@ -38,18 +38,10 @@ _STEM_STREAMS = 1 + len(MUSDB_SOURCES)
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One song: where to find its signals.
+    """One song: where to find its signals, with the sources in the order of `Corpus.sources`.
 
-    Attributes
-    ----------
-    name
-        Unique in the corpus and printable; never used as a path.
-    split
-        'train', 'valid' or 'test'.
-    mixture
-        None if the corpus has none: the mixture is then the sum of the sources.
-    sources
-        In the order of `Corpus.sources`.
+    The name is unique in the corpus and printable, and never used as a path. Without a mixture of
+    its own, the sum of the sources is the mixture.
     """
 
     name: str
@@ -60,17 +52,9 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class TrackInfo:
-    """What the headers say about a track.
+    """What the headers say about a track; `num_samples` is the length of the shortest signal.
 
-    Attributes
-    ----------
-    num_samples
-        Length of the shortest signal. The decoded signals of a container may differ from this by a
-        codec frame.
-    sample_rate_hz
-        Sample rate of all signals.
-    duration_seconds
-        The quotient of the two.
+    The decoded signals of a container may differ from this by a codec frame.
     """
 
     num_samples: int
@@ -84,18 +68,12 @@ class Corpus:
 
     Attributes
     ----------
-    root
-        The folder.
-    kind
-        'musdb18', 'musdb18-hq', or 'folder' for any other layout or a mixed one.
-    sources
-        Names of the sources, in order.
-    tracks
+    kind : {"musdb18", "musdb18-hq", "folder"}
+        "folder" stands for any other layout or a mixed one.
+    tracks : tuple of Track
         Sorted by split (train, valid, test), then by name.
-    rejected
+    rejected : tuple of (str, str)
         Name and reason of each track that cannot be used, sorted.
-    infos
-        What the headers say about each track in `tracks`, by name.
     """
 
     root: Path
@@ -131,32 +109,22 @@ def find_corpus(
     one named `mixture`, as in MUSDB18-HQ. Tracks lie in `train/`, `valid/` and `test/`, or directly
     in `root`, and then all are for training. The validation tracks are, in this order of
     preference: those in `valid/`; those of MUSDB's 14 validation tracks that are present, unless
-    `valid_fraction` is given; a fraction of the training tracks. Held-out tracks are drawn by the
-    hash of seed and name, so that a track keeps its split when others are added.
+    `valid_fraction` is given; a fraction of the training tracks.
 
     Parameters
     ----------
-    root
-        The folder.
-    sources
+    sources : sequence of str, optional
         Names of the sources, in order. Default: MUSDB's four.
-    valid_fraction
-        Probability that a training track is held out for validation; if positive, at least one is.
-        Default: 0.1 if there is neither a folder `valid/` nor one of MUSDB's 14 tracks, and a track
-        is left to train on.
-    test_fraction
-        The same for testing, for a corpus without `test/`.
-    seed
-        Seed of the draw.
-    num_channels
-        Number of channels that each file must have, unless it is mono.
+    valid_fraction, test_fraction : float
+        Probability that a training track is held out for a split without a folder; if positive, at
+        least one is. Default for validation: 0.1 if there is neither a folder `valid/` nor one of
+        MUSDB's 14 tracks, and a track is left to train on.
 
     Raises
     ------
     CorpusError
-        If the folder is missing, empty or no corpus, two tracks share a name, no track has one of
-        the `sources`, or a fraction is out of range or cannot take effect. Tracks that cannot be
-        used do not raise: they are in `Corpus.rejected`.
+        If the folder is no corpus, two tracks share a name, no track has one of the `sources`, or a
+        fraction cannot take effect. Tracks that cannot be used are in `Corpus.rejected` instead.
     """
     fractions = (valid_fraction or 0.0, test_fraction)
     if min(fractions) < 0 or not sum(fractions) < 1:
@@ -181,6 +149,7 @@ def find_corpus(
     checked = [good for _, good in made if not isinstance(good, MediaError)]
     infos = {track.name: info for track, info in checked}
     tracks = [track for track, _ in checked]
+    # Draw only from the usable tracks, so that a rejected one cannot leave a split empty.
     held_out = _hold_out(root, tracks, valid_fraction, test_fraction, seed)
     tracks = [replace(track, split=held_out.get(track.name, track.split)) for track in tracks]
     tracks.sort(key=lambda track: (SPLITS.index(track.split), track.name))
@@ -188,16 +157,10 @@ def find_corpus(
 
 
 def check_track(track: Track, *, num_channels: int = 2) -> TrackInfo:
-    """Read the headers of a track's files and compare them.
+    """Read the headers of a track's files; raises MediaError unless they fit together.
 
     All lengths must be equal; if one of the files is a container (mp4, m4a, mp3), they may differ
     by a codec frame, 2048 samples, since the headers of containers are not more precise.
-
-    Raises
-    ------
-    MediaError
-        If a file is missing, unreadable, empty or cut short, a stem file has other than 5 audio
-        streams, or the signals differ in rate or length or have a wrong number of channels.
     """
     signals = [*filter(None, [track.mixture]), *track.sources]
     infos = probe_all(signals)
@@ -249,6 +212,7 @@ def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
             f"{strays[0]}: holds sound files beside {', '.join(folders)}; move them into "
             f"{', '.join(SPLITS)}, or out of the corpus"
         )
+    # Without folders of splits, all tracks are for training until some are held out.
     entries, rejected = [], []
     for split, folder in (folders or {"train": root}).items():
         for path in _visible(folder):
@@ -268,6 +232,7 @@ def _list_entries(root: Path) -> tuple[list[_Entry], list[tuple[str, str]]]:
             f"{root}: is no corpus; expected *{STEM_SUFFIX} files or a folder of sound files a "
             f"track, in it or in its folders {', '.join(SPLITS)}"
         )
+    # Names identify tracks across splits too: in the index, in reports, in evaluations.
     counts = Counter(entry.name for entry in entries)
     if twice := [name for name, count in sorted(counts.items()) if count > 1]:
         raise CorpusError(
@@ -316,6 +281,7 @@ def _make_track(entry: _Entry, sources: tuple[str, ...]) -> Track:
     if entry.files is None:
         if unknown := [name for name in sources if name not in MUSDB_SOURCES]:
             raise MediaError(f"{entry.path}: a MUSDB stem file has no {', '.join(unknown)}")
+        # Stream 0 is the mixture. The user's order of sources may differ from that of the streams.
         streams = [AudioStream(entry.path, 1 + MUSDB_SOURCES.index(name)) for name in sources]
         return Track(entry.name, entry.split, AudioStream(entry.path, 0), tuple(streams))
     if missing := [name for name in sources if name not in entry.files]:
@@ -350,6 +316,7 @@ def _hold_out(
     seed: int,
 ) -> dict[str, str]:
     """Return the new split of each training track that is held out."""
+    # A fraction and a folder for the same split contradict each other.
     for option, fraction in (("valid", valid_fraction), ("test", test_fraction or None)):
         if fraction is not None and (root / option).is_dir():
             raise CorpusError(
@@ -363,6 +330,7 @@ def _hold_out(
             valid_fraction = DEFAULT_VALID_FRACTION
     valid_fraction = valid_fraction or 0.0
     held_out = dict.fromkeys(musdb, "valid")
+    # A draw depends on name and seed only, so a track keeps its split when others are added.
     draws = sorted((_draw(name, seed), name) for name in names if name not in musdb)
     free = [name for _, name in draws]
     num_least = (test_fraction > 0) + (valid_fraction > 0)
@@ -375,6 +343,7 @@ def _hold_out(
     def num_below(fraction: float) -> int:
         return sum(draw < fraction for draw, _ in draws)
 
+    # Test tracks have the lowest draws, validation tracks those above, so the list is cut twice.
     # Each requested split gets at least one track, and one track is left to train on.
     num_test = num_held = 0
     if test_fraction:
@@ -389,5 +358,6 @@ def _hold_out(
 
 def _draw(name: str, seed: int) -> float:
     """Draw a number in [0, 1) that depends on the name and the seed only."""
+    # Not `hash`, which differs between processes.
     digest = blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
