@@ -134,8 +134,8 @@ def _export(
     """Save functions of (tf, variables, waveform) as one SavedModel, and load it as a teacher."""
     with published_folder(out, lambda _, old: _embed_the_same(teacher, old)) as staging:
         module = tf.Module()
-        # TensorFlow saves only what hangs on the module, so the variables cannot stay in a mapping
-        # of ours alone.
+        # TensorFlow saves what is attached to the module, and refuses functions that use other
+        # variables.
         module.parameters = {
             name.replace("/", "."): tf.Variable(value, trainable=False, name=name)
             for name, value in variables.items()
@@ -167,7 +167,7 @@ def _embed_the_same(new: Teacher, folder: Path) -> bool:
         old = load_teacher(folder)
     except TeacherError:
         return False
-    # Handle and digest may differ between equal exports, rate, windows and dimension may not.
+    # Handle and digest may differ between equal exports; rate, windows and dimension may not.
     if replace(new.info, handle="", digest="") != replace(old.info, handle="", digest=""):
         return False
     num_samples = new.info.window_samples + new.info.hop_samples

@@ -13,8 +13,8 @@ class TeacherInfo:
     """Identity of a teacher, and how it cuts audio into windows.
 
     `handle` is the address or folder that the teacher was loaded from, `digest` the
-    `content_digest` of its folder. Window ``w`` covers ``window_samples`` samples from ``w *
-    hop_samples``.
+    `content_digest` of its folder. Window ``w`` covers ``window_samples`` samples from
+    ``w * hop_samples``.
     """
 
     handle: str

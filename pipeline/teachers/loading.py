@@ -33,9 +33,9 @@ def load_teacher(
     ------
     TeacherError
         If the teacher cannot be found, downloaded or loaded, or `num_threads` cannot take effect
-        because TensorFlow runs already, or the model is no teacher: a function of float32 [sample] that
-        returns finite float32 [window, dim], where the embedding of a window depends on that window
-        alone.
+        because TensorFlow runs already, or the model is no teacher: a function of float32 [sample]
+        that returns finite float32 [window, dim], where the embedding of a window depends on that
+        window alone.
     """
     return SavedModelTeacher.load(
         canonical_handle(handle),

@@ -243,7 +243,7 @@ def _refusal(function: _Function, noise: NDArray[np.float32]) -> TeacherError:
 
 def _check_chunks(function: _Function, info: TeacherInfo) -> None:
     """Raise TeacherError unless chunks of two windows give what the whole gives."""
-    # One sample less than a further window needs: a model that pads its input gives too many.
+    # One sample less than a further window needs: the number of windows is checked at its edge.
     num_samples = info.window_samples + _NUM_CHECKED_WINDOWS * info.hop_samples - 1
     waveform = _noise(num_samples)
     whole = function(waveform)

@@ -61,7 +61,8 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
     Returns
     -------
     float32 [window, 128]
-        Output of the last layer, without an activation. The windows of the first waveform come first.
+        Output of the last layer, without an activation. The windows of the first waveform come
+        first.
     """
     hidden = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS, 1])
     for layer, shape in _LAYERS.items():
