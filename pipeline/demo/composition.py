@@ -194,6 +194,7 @@ class _Composer:
         return choices[int(self.rng.integers(len(choices)))]
 
     def seconds_at(self, bar: int, step: float) -> float:
+        # Swing delays every second sixteenth.
         late = self.swing if step % 2 == 1 else 0.0
         return (bar * STEPS_PER_BAR + step + late) * self.step_seconds
 
@@ -314,6 +315,7 @@ class _Composer:
     def _second(self, pan: float) -> Part:
         """Write the second instrument: a pad under the choruses, or a lead between the vocals."""
         program, role = self.turn("second", _PADS_OR_LEADS)
+        # Keep the instrument in one register whatever the key.
         octave = 4 if self.tonic < 7 else 3
         hook = self.choose(_HOOKS)
         notes = []

@@ -87,6 +87,7 @@ def render_corpus(
     if _is_kept(out, arguments):
         tell(f"{out}: kept, it was rendered with the same arguments")
         return
+    # Look for every package before the rendering starts, which takes a while.
     soundfont = (_package_folder("pretty_midi") / "TimGM6mb.sf2").read_bytes()
     for package in ("midirenderer", "soundfile", "soxr"):
         _package_folder(package)

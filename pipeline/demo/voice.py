@@ -294,6 +294,7 @@ def _filter_frames(
     padded[half : half + len(signal)] = signal
     views = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW_SAMPLES)[::_HOP_SAMPLES]
     filtered = np.fft.irfft(np.fft.rfft(views * window, axis=1) * response, axis=1) * window
+    # Cut each frame into blocks of a hop: block k of all frames is added in one step, k hops later.
     out = np.zeros((num_frames + overlap - 1, _HOP_SAMPLES))
     for block in range(overlap):
         out[block : block + num_frames] += filtered.reshape(num_frames, overlap, -1)[:, block]

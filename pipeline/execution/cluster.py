@@ -38,20 +38,11 @@ _BATCH_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSettings:
-    """Which cluster to start.
+    """Which cluster to start, and how many workers it may have.
 
-    Attributes
-    ----------
-    kind : str
-        ``local``, or one of `BATCH_SYSTEMS`.
-    min_workers, max_workers : int
-        Bounds on the number of workers.
-    options : dict
-        Arguments of Dask's ``LocalCluster``, or of the class in dask-jobqueue.
-    worker_bytes : int
-        Memory that a worker needs.
-    folder : Path
-        Folder that all workers see, for the certificates of this run.
+    `kind` is ``local`` or one of `BATCH_SYSTEMS`. `options` are arguments of Dask's
+    ``LocalCluster``, or of the class in dask-jobqueue. A worker needs `worker_bytes` of memory. The
+    certificates of this run are written to `folder`, which all workers see.
     """
 
     kind: str
@@ -91,14 +82,8 @@ def start_cluster(settings: ClusterSettings) -> Iterator["Client"]:
 
     A local cluster can be reached from this machine only. The scheduler and the workers of a batch
     system use TLS with a certificate made for this run, unless their interface is the loopback or
-    Dask's configuration has certificates. Dashboards always listen on the loopback.
-
-    Raises
-    ------
-    SettingsError
-        If an option is wrong.
-    WorkerError
-        If the batch system cannot be used from here.
+    Dask's configuration has certificates. Dashboards always listen on the loopback. WorkerError
+    means that the batch system cannot be used from here.
     """
     from distributed import Client
 
@@ -143,12 +128,15 @@ def job_script(settings: ClusterSettings) -> str:
         options = _job_options(settings)
         cluster_class = _cluster_class(settings.kind)
         parameters = inspect.signature(_base_cluster_class().__init__).parameters
+        # The cluster keeps these options to itself; a job does not take them.
         shared = [name for name in parameters if name not in ("interface", "config_name")]
         options = {name: value for name, value in options.items() if name not in shared}
         place = "<host>:<port>"
         if _is_loopback(settings.kind, options):
             job = cluster_class.job_cls(f"tcp://{place}", name="<name>", **options)
         else:
+            # Certificates are made when a run starts, so the script shows placeholders for their
+            # files.
             made = {
                 f"tls_{key}": f"{settings.folder}/<{key.removeprefix('worker_')}>"
                 for key in ("ca_file", "worker_cert", "worker_key")
@@ -175,6 +163,7 @@ def _start_local(settings: ClusterSettings) -> Any:
         "silence_logs": logging.CRITICAL,
         **settings.options,
     }
+    # A limit of 0 is Dask's way to say that there is none.
     limit = _parse_bytes("memory_limit", options["memory_limit"])
     if limit:
         _require_memory("memory_limit", limit, settings)
@@ -248,6 +237,7 @@ def _job_options(settings: ClusterSettings) -> dict[str, Any]:
     """Complete the options that neither the command line nor Dask's configuration sets."""
     kind, options = settings.kind, dict(settings.options)
 
+    # The command line goes first, then Dask's configuration, then our default.
     def value(name: str, default: Any) -> Any:
         if options.get(name) is None:
             options[name] = _configured_option(kind, name)
@@ -305,6 +295,8 @@ def _known_options(kind: str) -> set[str]:
     if kind == "local":
         return {"memory_limit", "local_directory", "death_timeout"}
     cluster_class = _cluster_class(kind)
+    # Dask splits the options between a class for the batch system, one for all jobs and one for the
+    # cluster.
     classes = (*cluster_class.job_cls.__mro__[:2], _base_cluster_class())
     names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     ours = {"self", "scheduler", "name", "job_cls", "n_workers", "asynchronous", "loop", "security"}
@@ -328,6 +320,7 @@ def _configured(kind: str) -> Iterator[None]:
 
     if kind != "local":
         importlib.import_module("dask_jobqueue")  # adds its defaults
+    # These are the values from files and the environment, without Dask's own defaults.
     own = dask.config.collect()
     settings = _DASK_SETTINGS if kind == "local" else {**_DASK_SETTINGS, **_BATCH_SETTINGS}
     missing = {key: value for key, value in settings.items() if not dask.config.get(key, None, own)}

@@ -18,16 +18,13 @@ CONFIG_NAME = "config.json"
 def open_output(folder: Path, config: dict[str, Any], *, shared: bool) -> Iterator[None]:
     """Create, lock and claim an output folder for the time of a run.
 
-    A run that has the folder to itself also removes what killed writers left behind.
-
-    Raises
-    ------
-    MismatchError
-        If another run is writing into the folder, or it belongs to another configuration.
+    A run that has the folder to itself also removes what killed writers left behind. MismatchError
+    means that another run is writing into the folder, or that it belongs to another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, shared=shared):
         claim(folder, config)
+        # What looks like a leftover in a shared folder may be a file that another part is writing.
         if not shared:
             remove_leftovers(folder)
         yield
@@ -37,14 +34,9 @@ def open_output(folder: Path, config: dict[str, Any], *, shared: bool) -> Iterat
 def locked(folder: Path, *, shared: bool) -> Iterator[None]:
     """Let one run, or any number of parts, write into a folder; the lock ends with the process.
 
-    The lock relies on `flock` reaching all machines that see the folder. It does so on local
-    disks, NFS, GPFS, and Lustre mounted with ``flock``. Elsewhere two runs may do the same work
-    twice, but no file is damaged: each run writes under temporary names and renames.
-
-    Raises
-    ------
-    MismatchError
-        If another run holds the lock, or the file system has no locks.
+    The lock relies on `flock` reaching all machines that see the folder. It does so on local disks,
+    NFS, GPFS, and Lustre mounted with ``flock``. Elsewhere two runs may do the same work twice, but
+    no file is damaged: each run writes under temporary names and renames.
     """
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -62,17 +54,13 @@ def locked(folder: Path, *, shared: bool) -> Iterator[None]:
             ) from error
         yield
     finally:
+        # Closing releases the lock. The file stays: if it were removed, two runs could each lock a
+        # file of that name.
         os.close(descriptor)
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration into a new folder; refuse a folder of another configuration.
-
-    Raises
-    ------
-    MismatchError
-        If the folder holds files of another or an unknown configuration.
-    """
+    """Write the configuration into a new folder; refuse a folder of another configuration."""
     path = folder / CONFIG_NAME
     if not path.exists():
         if any(folder.glob("*.h5")):

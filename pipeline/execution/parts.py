@@ -16,23 +16,10 @@ Task = TypeVar("Task", bound=_Sized)
 
 
 def tasks_of_part(tasks: Sequence[Task], part: int, num_parts: int) -> tuple[Task, ...]:
-    """Return the tasks of one part; all parts have about the same number of bytes.
+    """Return the tasks of one part, counted from 1; all parts have about the same number of bytes.
 
-    The result depends on the plan alone, so that the jobs need not talk to each other.
-
-    Parameters
-    ----------
-    tasks : sequence
-        All tasks of a plan, largest first.
-    part : int
-        Number of the part, from 1.
-    num_parts : int
-        Number of parts.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such part.
+    `tasks` are all tasks of a plan, largest first. The result depends on the plan alone, so that
+    the jobs need not talk to each other.
     """
     if not 1 <= part <= num_parts:
         raise SettingsError(f"--part {part}/{num_parts}: expected a part from 1 to {num_parts}")

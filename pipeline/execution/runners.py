@@ -50,12 +50,7 @@ def run_on(
 
     A task whose worker dies runs again on another worker, until Dask's ``allowed-failures`` is
     reached. Leaving the iterator early cancels the remaining tasks. `idle` is called once for each
-    minute in which no task finishes.
-
-    Raises
-    ------
-    ConnectionError
-        If the connection to the scheduler is lost.
+    minute in which no task finishes. ConnectionError means that the scheduler is lost.
     """
     from distributed.comm.core import CommClosedError
 
@@ -93,6 +88,7 @@ def run_on(
 def _as_completed(futures: "list[Future]", idle: Callable[[], None]) -> "Iterator[Future]":
     from distributed import as_completed
 
+    # Poll, since waiting for the next future would leave no chance to call `idle`.
     completed = as_completed(futures)
     last = time.monotonic()
     while not completed.is_empty():

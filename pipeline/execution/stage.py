@@ -33,31 +33,17 @@ Task = TypeVar("Task", bound=StageTask)
 
 @dataclass(slots=True)
 class TaskReport:
-    """The result of one task.
-
-    Attributes
-    ----------
-    name : str
-        Name of the file.
-    num_items : int
-        Tracks or mixes in the file; 0 if there is no such file because all were rejected.
-    audio_seconds : float
-        Length of the items.
-    kept : bool
-        Whether the file was there already, complete and intact.
-    found : str, optional
-        What was wrong with the file that was there; None if it was kept, or none was there.
-    rejected : list of (str, str)
-        Items that cannot be stored, with the reason.
-    seconds : Stopwatch
-        Time by phase.
-    """
+    """The result of one task."""
 
     name: str
+    # Tracks or mixes in the file; 0 if all were rejected, in which case there is no file.
     num_items: int = 0
     audio_seconds: float = 0.0
+    # The file was there already, complete and intact.
     kept: bool = False
+    # What was wrong with the file that was there, if one was.
     found: str | None = None
+    # Items that cannot be stored, with the reason.
     rejected: list[tuple[str, str]] = field(default_factory=list)
     seconds: Stopwatch = field(default_factory=Stopwatch)
 
@@ -72,8 +58,6 @@ class Summary:
         Items stored by this run, and items that were stored already.
     audio_seconds : float
         Length of the items stored by this run.
-    wall_seconds : float
-        Duration of the run.
     seconds : Stopwatch
         Time by phase, the sum over all workers.
     failed : list of (str, str)
@@ -109,8 +93,6 @@ class Stage(Generic[Task]):
 
     Attributes
     ----------
-    folder : Path
-        Output folder; created if need be.
     config : dict
         JSON values that decide what the files hold. A folder has one configuration for good.
     run_task : callable
@@ -147,35 +129,20 @@ def run_stage(
 ) -> Summary:
     """Make every file that is not there yet, then write the index.
 
-    Parameters
-    ----------
-    stage : Stage
-        How to fill the folder.
-    tasks : sequence
-        All tasks, or those of one part.
-    runner : callable
-        Where the tasks run.
-    report : callable
-        Called with each task as it ends and its report, None for a task that failed.
-    is_part : bool
-        Other jobs may run the other tasks at the same time: share the folder, write no index.
-
-    Raises
-    ------
-    MismatchError
-        If the folder holds files of another configuration, or another run is writing into it.
-    OSError
-        If the folder or a file cannot be written.
-    Exception
-        Whatever else a task raises, except an `FlsepError`, is a bug and ends the run.
+    `report` is called with each task as it ends and its report, None for a task that failed. With
+    `is_part`, other jobs may run the other tasks at the same time: the folder is shared, and no
+    index is written. MismatchError means that the folder is in use or holds another configuration.
+    Whatever else a task raises, except an `FlsepError`, is a bug and ends the run.
     """
     start = time.perf_counter()
+    # The plan's rejections belong to no part: each part would count them again.
     summary = Summary(failed=[] if is_part else list(stage.rejected))
     names = []
     with open_output(stage.folder, stage.config, shared=is_part):
         for outcome in runner(stage.run_task, tasks):
             if outcome.error is None:
                 summary.add(outcome.result)
+                # A task whose items were all rejected has made no file.
                 if outcome.result.num_items:
                     names.append(outcome.result.name)
             elif isinstance(outcome.error, FlsepError) and not isinstance(
@@ -189,6 +156,7 @@ def run_stage(
                 raise outcome.error
             report(outcome.task, outcome.result)
         summary.failed.sort()
+        # The index comes last: a folder that has one is complete.
         if not is_part and not (stage.needs_all and summary.failed):
             stage.write_index(sorted(names))
     summary.wall_seconds = time.perf_counter() - start

@@ -12,12 +12,8 @@ _ENDED_STATES = "BF,CA,CD,DL,F,NF,OOM,PR,TO"  # all final states of a SLURM job
 class WorkerWatch:
     """Checks for workers; to be called from time to time while no task finishes.
 
-    Parameters
-    ----------
-    client : Client
-        Client of the scheduler that the workers connect to.
-    kind : str, optional
-        Kind of the cluster that `start_cluster` started; None for a scheduler that was running.
+    `kind` is that of the cluster that `start_cluster` started, None for a scheduler that ran
+    before.
     """
 
     def __init__(self, client: Any, kind: str | None) -> None:
@@ -28,11 +24,8 @@ class WorkerWatch:
     def __call__(self) -> None:
         """Print a line if no worker is connected.
 
-        Raises
-        ------
-        ConnectionError
-            If all jobs had ended at the previous call already and have not been replaced. Only
-            SLURM is asked; a job that waits in the queue has not ended.
+        ConnectionError means that all jobs had ended at the previous call already and have not been
+        replaced. Only SLURM is asked; a job that waits in the queue has not ended.
         """
         if self._client.scheduler_info(n_workers=-1)["workers"]:
             return
@@ -43,6 +36,7 @@ class WorkerWatch:
         jobs = self._client.cluster.workers
         folders = {str(job.job_id): job.log_directory for job in list(jobs.values())}
         logs = next(filter(None, folders.values()), Path.cwd())
+        # `_ended` is as old as the previous call, so Dask has had time to replace these jobs.
         if folders and folders.keys() <= self._ended:
             raise ConnectionError(
                 f"no worker is connected, and all jobs have ended ({', '.join(sorted(folders))}); "

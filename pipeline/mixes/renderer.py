@@ -15,18 +15,8 @@ _SPARE_BINS = 16
 class Renderer:
     """Renders one mix after the other in the same memory.
 
-    Parameters
-    ----------
-    shards : Shards
-        Hold the spectra of the sources.
-    grid : Grid
-        Positions and length of excerpts.
-    teacher : TeacherInfo
-        Sample rate to render at.
-    num_signals : int
-        1 for the mixture alone, 1 + the number of sources for the scaled sources too.
-    seconds : Stopwatch
-        Takes the times of ``mix`` and ``invert``.
+    `num_signals` is 1 for the mixture alone, 1 + the number of sources for the scaled sources too.
+    `seconds` takes the times of ``mix`` and ``invert``.
     """
 
     def __init__(
@@ -40,25 +30,20 @@ class Renderer:
         layout = shards.layout
         self._shards, self._grid, self._teacher, self._seconds = shards, grid, teacher, seconds
         self._num_samples = count_teacher_samples(grid, teacher)
+        # The last axis holds real and imaginary part, as the shards do; `_invert` views them as one
+        # complex number.
         self._spectra = np.empty((num_signals, grid.num_frames, layout.num_bins, 2), np.float32)
+        # Each region has its scratch memory for `widen`, which is reused for every source and mix.
         self._regions = [
             (frames, bins, np.empty(self._spectra[0, frames, bins].shape, np.int32))
             for frames, bins in _audible_regions(grid, teacher.sample_rate_hz)
         ]
 
     def render(self, draw: Draw) -> NDArray[np.float32]:
-        """Render a mix.
+        """Render a mix, float32 [signal, sample], at the teacher's sample rate.
 
-        Returns
-        -------
-        float32 [signal, sample]
-            The mixture, then the scaled sources if wanted. They are mono, so that a channel swap
-            makes no difference.
-
-        Raises
-        ------
-        CacheError
-            If a shard is damaged.
+        The mixture comes first, then the scaled sources if wanted. They are mono, so that a channel
+        swap makes no difference.
         """
         with self._seconds.measure("mix"):
             self._mix(draw)
@@ -68,6 +53,7 @@ class Renderer:
     def _mix(self, draw: Draw) -> None:
         grid, spectra = self._grid, self._spectra
         num_channels = self._shards.layout.num_channels
+        # Only excerpts with the track's own mixture have no gains.
         assert draw.gains is not None
         spectra.fill(0)
         recipe = zip(draw.places, draw.gains, strict=True)

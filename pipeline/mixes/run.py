@@ -42,29 +42,14 @@ def plan_mixes(config: MixesConfig, num_epochs: int) -> tuple[MixesTask, ...]:
 
 
 def make_config(shards: Shards, teacher: TeacherInfo, **settings: Any) -> MixesConfig:
-    """Return the configuration of mixes of some shards.
+    """Return the configuration of mixes of some shards, for the teacher that made the shards.
 
-    Parameters
-    ----------
-    shards : Shards
-        Shards to mix.
-    teacher : TeacherInfo
-        The teacher that hears the mixes.
-    **settings
-        The fields of `MixesConfig` that a user chooses: split, seed, excerpt_seconds,
-        excerpts_per_track, min_gain, max_gain, swap_probability, with_stems, embedding_dtype.
-
-    Raises
-    ------
-    TeacherError
-        If the teacher is not that of the shards.
-    SettingsError
-        If there are fewer tracks than sources, an excerpt holds no window of the teacher, or a
-        setting cannot be used.
-    MissingDataError
-        If no track of the split can hold an excerpt.
+    `settings` are the fields of `MixesConfig` that a user chooses. TeacherError means that the
+    teacher is another one, SettingsError that a setting cannot be used, MissingDataError that no
+    track of the split can hold an excerpt.
     """
     layout = shards.layout
+    # The embeddings of mixes replace those in the shards, so they must come from the same model.
     if teacher.digest != layout.teacher_digest:
         raise TeacherError(
             f"the teacher {teacher.handle} has the digest {teacher.digest[:12]}..., the shards "
@@ -72,6 +57,7 @@ def make_config(shards: Shards, teacher: TeacherInfo, **settings: Any) -> MixesC
             "with --teacher"
         )
     seconds = settings["excerpt_seconds"]
+    # Written this way, the condition refuses NaN too.
     if not seconds > 0:
         raise SettingsError(f"--seconds {seconds:g}: expected more than 0")
     grid = Grid(layout, seconds)

@@ -35,23 +35,10 @@ from flsep.pipeline.teachers.loading import load_once
 class MixesSettings:
     """What all tasks of a run share; small, and sent to every worker.
 
-    Attributes
-    ----------
-    folder : Path
-        Output folder.
-    shards : Path
-        Folder of the shards to mix.
-    config : MixesConfig
-        What decides the mixes.
-    teacher : TeacherInfo
-        Identity and windows of the teacher.
-    teacher_folder : Path
-        Where a worker loads the teacher from.
-    num_threads : int, optional
-        Threads of the teacher in a process; None leaves it to TensorFlow. The last bits of an
-        embedding depend on it, so it must not depend on the number of workers.
-    verify : bool
-        Compare each signal of the shards with its digest when it is first read.
+    `shards` is the folder of the shards to mix; with `verify`, each of their signals is compared
+    with its digest when it is first read. Workers load the teacher from `teacher_folder`, and run
+    it with `num_threads` threads; None leaves the number to TensorFlow. The last bits of an
+    embedding depend on it, so it must not depend on the number of workers.
     """
 
     folder: Path
@@ -76,14 +63,7 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> TaskReport:
     """Render the mixes of a task, unless they are there, complete and intact.
 
     The report's phases are ``load`` (of the teacher), ``mix``, ``invert``, ``teacher`` and
-    ``write``.
-
-    Raises
-    ------
-    CacheError
-        If the shards are damaged, or not those that the settings name.
-    OSError
-        If the file cannot be written.
+    ``write``. CacheError means that the shards are damaged, or not those that the settings name.
     """
     config, num_mixes = settings.config, len(task.indices)
     report = TaskReport(task.name, num_mixes, num_mixes * config.excerpt_seconds)
@@ -100,6 +80,7 @@ def render_mixes(task: MixesTask, settings: MixesSettings) -> TaskReport:
     tracks = _find_tracks(shards, grid, config)
     with report.seconds.measure("load"):
         teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
+    # A draw depends on the seed, the epoch and the index alone, so each file can be made by itself.
     draws = RandomMixes(
         grid,
         tracks,
@@ -139,6 +120,7 @@ def _find_problem(path: Path, task: MixesTask, config: MixesConfig) -> str | Non
     return None
 
 
+# A worker makes many files from the same shards.
 @lru_cache(maxsize=1)
 def _open_shards(folder: Path, verify: bool) -> Shards:
     return Shards(folder, verify=verify)
@@ -154,6 +136,7 @@ def _find_tracks(shards: Shards, grid: Grid, config: MixesConfig) -> Sequence[Tr
 
 
 def _batches(num_mixes: int, size: int) -> Iterator[slice]:
+    # The last slice may reach beyond the end, which ranges and arrays allow.
     step = max(1, size)
     for first in range(0, num_mixes, step):
         yield slice(first, first + step)
@@ -166,6 +149,7 @@ def _store_recipes(
     tracks: Sequence[TrackRecord],
     grid: Grid,
 ) -> None:
+    # The file stores the numbers of tracks in this list, not their names.
     numbers = {track.name: number for number, track in enumerate(tracks)}
     places = [recipe.places for recipe in recipes]
     arrays["track"][chosen] = [[numbers[track.name] for track, _ in row] for row in places]
@@ -188,5 +172,6 @@ def _store_embeddings(
     num_windows = embeddings.shape[1]
     levels_db = np.stack([activity_db(w, window, hop, num_windows) for w in waveforms])
     for name, values in (("embedding", embeddings), ("activity", levels_db)):
+        # `rows` is a view [mix, signal, ...], so that this fills the array of the file.
         rows = arrays[name][chosen]
         rows[...] = values.reshape(rows.shape)

@@ -27,14 +27,8 @@ def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False
 
     Tracks that cannot be stored are left out and named in the report. They are not tried again
     while their files stay the same, except with `repair`. The report's phases are ``load`` (of the
-    teacher), ``decode``, ``stft``, ``teacher`` and ``write``.
-
-    Raises
-    ------
-    FlsepError
-        If the whole shard cannot be made, such as when the teacher has changed.
-    OSError
-        If the shard cannot be written.
+    teacher), ``decode``, ``stft``, ``teacher`` and ``write``. FlsepError means that the whole shard
+    cannot be made, such as when the teacher has changed.
     """
     report = TaskReport(task.name)
     path = settings.folder / task.name
@@ -50,6 +44,7 @@ def make_shard(task: ShardTask, settings: ShardSettings, *, repair: bool = False
     if path.exists():
         report.found = problem
 
+    # Load the teacher only if there is work: a run that finds all shards complete needs none.
     if tracks and not report.kept:
         with report.seconds.measure("load"):
             teacher = load_once(settings.teacher_folder, settings.teacher, settings.num_threads)
@@ -111,6 +106,7 @@ def _write_shard(
         for planned, writer in zip(tracks, shard.tracks, strict=True):
             try:
                 TrackBuilder(planned, settings, teacher, writer, seconds).write()
+            # These concern one track. Anything else, such as a full disk, fails the whole task.
             except (MediaError, SignalError, TeacherError) as error:
                 raise TrackError(planned.track.name, str(error)) from error
 

@@ -25,19 +25,12 @@ class PlannedTrack:
 class ShardTask:
     """The work of one task: make one shard.
 
-    Attributes
-    ----------
-    name : str
-        File name; it depends on the tracks alone, so that a later run finds the shard again.
-    tracks : tuple of PlannedTrack
-        In the order of the corpus.
-    num_bytes : int
-        Predicted size.
+    The file name depends on the tracks alone, so that a later run finds the shard again.
     """
 
     name: str
-    tracks: tuple[PlannedTrack, ...]
-    num_bytes: int
+    tracks: tuple[PlannedTrack, ...]  # in the order of the corpus
+    num_bytes: int  # predicted
 
     def audio_seconds(self, sample_rate_hz: int) -> float:
         """Return the length of all tracks together."""
@@ -46,18 +39,10 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a run will do.
+    """Everything that a run will do."""
 
-    Attributes
-    ----------
-    tasks : tuple of ShardTask
-        Largest first, so that no long task is left for the end.
-    rejected : tuple of (str, str)
-        Tracks that cannot be used, with the reason.
-    """
-
-    tasks: tuple[ShardTask, ...]
-    rejected: tuple[tuple[str, str], ...]
+    tasks: tuple[ShardTask, ...]  # largest first, so that no long task is left for the end
+    rejected: tuple[tuple[str, str], ...]  # tracks that cannot be used, with the reason
 
     @property
     def num_bytes(self) -> int:
@@ -75,14 +60,8 @@ def plan_shards(
 ) -> Plan:
     """Group tracks of one split into shards of about `shard_bytes`.
 
-    Tracks are never divided: a track larger than `shard_bytes` has a shard of its own.
-
-    Raises
-    ------
-    CorpusError
-        If no track can be used.
-    SettingsError
-        If `shard_bytes` is too small.
+    Tracks are never divided: a track larger than `shard_bytes` has a shard of its own. CorpusError
+    means that no track can be used.
     """
     if shard_bytes < 1 << 20:
         raise SettingsError(f"--shard-size {shard_bytes}: expected at least 1 MiB")
@@ -97,6 +76,7 @@ def plan_shards(
         num_samples = info.num_samples * config.sample_rate_hz // info.sample_rate_hz
         planned = PlannedTrack(track, num_samples)
         size = _track_bytes(planned, layout, config)
+        # Fill the last shard until the next track is too large for it or belongs to another split.
         if groups and track.split == split and groups[-1][1] + size <= shard_bytes:
             groups[-1][0].append(planned)
             groups[-1] = (groups[-1][0], groups[-1][1] + size)
@@ -104,6 +84,7 @@ def plan_shards(
             groups.append(([planned], size))
         split = track.split
     tasks = [ShardTask(_shard_name(tracks), tuple(tracks), size) for tracks, size in groups]
+    # The name breaks ties: every job of an array must sort the tasks the same way.
     tasks.sort(key=lambda task: (-task.num_bytes, task.name))
     return Plan(tuple(tasks), corpus.rejected)
 
@@ -137,8 +118,9 @@ def _track_bytes(planned: PlannedTrack, layout: Layout, config: FeatureConfig) -
 
 
 def _shard_name(tracks: Sequence[PlannedTrack]) -> str:
-    """Name a shard after its split and a digest of its tracks: their names may not be paths."""
+    """Name a shard after its split and a digest, since track names may be invalid in a path."""
     digest = hashlib.sha256()
     for planned in tracks:
+        # `repr` quotes the names, so that different lists of tracks never give the same bytes.
         digest.update(repr((planned.track.name, planned.num_samples)).encode())
     return f"{tracks[0].track.split}-{digest.hexdigest()[:16]}.h5"

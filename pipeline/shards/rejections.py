@@ -26,6 +26,7 @@ class Rejection:
 
 def stamp_files(track: Track) -> tuple[tuple[int, int] | None, ...]:
     """Return size and modification time (ns) of each file of a track; None for a missing file."""
+    # Signals may share a file, such as the streams of a stem file; each file is stamped once.
     signals = [*filter(None, [track.mixture]), *track.sources]
     stamps: list[tuple[int, int] | None] = []
     for path in dict.fromkeys(signal.path for signal in signals):
@@ -39,15 +40,10 @@ def stamp_files(track: Track) -> tuple[tuple[int, int] | None, ...]:
 
 
 def read_rejections(shard: Path) -> dict[str, Rejection]:
-    """Return the record of a shard by track name; empty if there is none.
-
-    Raises
-    ------
-    MismatchError
-        If the record is not readable.
-    """
+    """Return the record of a shard by track name; empty if there is none."""
     path = shard.with_suffix(_SUFFIX)
     try:
+        # Size and time of a file are a list in JSON, a missing file is null.
         stored = json.loads(path.read_bytes())
         return {
             name: Rejection(str(reason), tuple(stamp and (stamp[0], stamp[1]) for stamp in stamps))
@@ -65,6 +61,7 @@ def write_rejections(shard: Path, rejections: dict[str, Rejection]) -> None:
     if rejections:
         write_json(path, {name: [r.reason, r.stamps] for name, r in sorted(rejections.items())})
     else:
+        # An older record would keep tracks out that are stored by now.
         path.unlink(missing_ok=True)
 
 

@@ -34,15 +34,11 @@ def shards_stage(plan: Plan, settings: ShardSettings, *, repair: bool = False) -
 def finalise(plan: Plan, settings: ShardSettings) -> Summary:
     """Write the index of the shards that parts have made.
 
-    Raises
-    ------
-    MissingDataError
-        If a shard is missing, or is not the planned one.
-    MismatchError
-        If the folder holds shards of another configuration, or a run is writing into it.
+    MissingDataError means that a shard is missing or is not the planned one.
     """
     start = time.perf_counter()
     folder = settings.folder
+    # Check this first: `open_output` would create the folder and claim it.
     if not (folder / CONFIG_NAME).exists():
         raise MissingDataError(f"{folder}: no part has run here; expected shards to index")
     summary = Summary(failed=list(plan.rejected))
@@ -53,6 +49,7 @@ def finalise(plan: Plan, settings: ShardSettings) -> Summary:
             rejected = still_rejected(task.tracks, read_rejections(path))
             summary.failed += [(name, known.reason) for name, known in rejected.items()]
             tracks = [planned for planned in task.tracks if planned.track.name not in rejected]
+            # All tracks of the task were rejected, so there is no shard.
             if not tracks:
                 continue
             # The parts have verified the digests; a look at the header is enough here.
@@ -83,4 +80,5 @@ def _write_index(folder: Path, names: list[str]) -> None:
     if names:
         write_index(folder, build_index(ShardFile(folder / name) for name in names))
     else:
+        # An index of an earlier run would name shards that are not wanted now.
         (folder / INDEX_NAME).unlink(missing_ok=True)

@@ -13,21 +13,9 @@ from flsep.pipeline.teachers.interface import TeacherInfo
 class ShardSettings:
     """What all tasks of a run share; small, and sent to every worker.
 
-    Attributes
-    ----------
-    folder : Path
-        Output folder.
-    config : FeatureConfig
-        How audio becomes arrays.
-    sources : tuple of str
-        Names of the sources, in order.
-    teacher : TeacherInfo
-        Identity and windows of the teacher.
-    teacher_folder : Path
-        Where a worker loads the teacher from.
-    num_threads : int, optional
-        Threads of the teacher in a process; None leaves it to TensorFlow. The last bits of an
-        embedding depend on it, so it must not depend on the number of workers.
+    Workers load the teacher from `teacher_folder`, and run it with `num_threads` threads; None
+    leaves the number to TensorFlow. The last bits of an embedding depend on it, so it must not
+    depend on the number of workers.
     """
 
     folder: Path
@@ -55,10 +43,8 @@ class ShardSettings:
         )
 
     def fingerprinted(self) -> dict[str, Any]:
-        """Return the configuration whose fingerprint ties shards together.
-
-        The teacher is represented by its digest, not by the address it came from.
-        """
+        """Return the configuration whose fingerprint ties shards together."""
+        # The identity holds the teacher's digest, but not the address that the teacher came from.
         return {**self.config.to_json(), "layout": self.layout.identity()}
 
     def teacher_samples(self, num_samples: int) -> int:

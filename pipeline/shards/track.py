@@ -22,18 +22,7 @@ _SUMMED_SAMPLES = 1 << 16
 class TrackBuilder:
     """Writes one track: each signal in one pass over its audio, in bounded memory.
 
-    Parameters
-    ----------
-    planned : PlannedTrack
-        Where the audio is, and the length to store.
-    settings : ShardSettings
-        How audio becomes arrays.
-    teacher : Teacher
-        Computes the embeddings.
-    writer : TrackWriter
-        Takes the arrays.
-    seconds : Stopwatch
-        Takes the times of ``decode``, ``stft``, ``teacher`` and ``write``.
+    `seconds` takes the times of ``decode``, ``stft``, ``teacher`` and ``write``.
     """
 
     def __init__(
@@ -54,20 +43,14 @@ class TrackBuilder:
     def write(self) -> None:
         """Write all signals and the moments of the mixture's magnitude.
 
-        Raises
-        ------
-        MediaError
-            If a file cannot be decoded, or its audio is not as long as declared.
-        SignalError
-            If the audio cannot be turned into features.
-        TeacherError
-            If the teacher returns something other than finite embeddings.
+        MediaError, SignalError and TeacherError mean that this track cannot be stored.
         """
         track = self._planned.track
         sources = [partial(self._decode, source) for source in track.sources]
         if track.mixture is not None:
             mixture = partial(self._decode, track.mixture)
         else:
+            # Without a mixture in the corpus, add up the sources, which are decoded once more.
             mixture = partial(_add, sources)
         for signal, read in enumerate([mixture, *sources]):
             self._write_signal(signal, read)
@@ -83,6 +66,7 @@ class TrackBuilder:
             self._settings.teacher_samples(self._planned.num_samples),
             self._seconds,
         )
+        # Each block goes to spectra, audio and embeddings, so that the signal is decoded only once.
         for block in self._seconds.measure_each("decode", read()):
             self._write_spectra(signal, stft.add(block))
             self._write_audio(signal, block)
@@ -107,6 +91,7 @@ class TrackBuilder:
                 self._writer.append("stft", signal, packed)
 
     def _write_audio(self, signal: int, block: NDArray[np.float32]) -> None:
+        # Only the tracks of some splits store audio.
         if "audio" in self._writer.datasets:
             with self._seconds.measure("write"):
                 self._writer.append_audio(signal, block)
@@ -119,6 +104,7 @@ class TrackBuilder:
         ):
             yield block[:, :num_missing]
             num_missing -= min(num_missing, block.shape[1])
+        # The audio was shorter than its header declared: fill up with silence.
         if num_missing:
             yield np.zeros((config.num_channels, num_missing), np.float32)
 
@@ -126,6 +112,7 @@ class TrackBuilder:
 def _add(signals: Iterable[Callable[[], Blocks]]) -> Blocks:
     """Add signals of one length, whose blocks may have different lengths."""
     for blocks in zip(*(_equal_blocks(read()) for read in signals), strict=True):
+        # A block is the reused buffer of its `Pieces`, so add into a copy.
         total = blocks[0].copy()
         for block in blocks[1:]:
             total += block

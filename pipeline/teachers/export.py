@@ -65,24 +65,11 @@ class SineCheck:
 
 
 def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
-    """Build google/vggish/1 from Google's released checkpoint.
+    """Build google/vggish/1 from Google's released checkpoint and save it in `out`.
 
-    Parameters
-    ----------
-    checkpoint : pathlib.Path
-        ``vggish_model.ckpt``, or the prefix of a checkpoint in several files.
-    out : pathlib.Path
-        Folder of the SavedModel; may hold the same model already.
-
-    Returns
-    -------
-    TeacherInfo
-        Identity of the teacher in `out`.
-
-    Raises
-    ------
-    TeacherError
-        If the checkpoint cannot be read or lacks a variable, or `out` holds something else.
+    `checkpoint` is ``vggish_model.ckpt``, or the prefix of a checkpoint in several files.
+    TeacherError means that it cannot be read or lacks a variable, or that `out` holds another
+    model.
     """
     tf = import_tensorflow()
     variables = _read_checkpoint(tf, checkpoint, vggish.SHAPES, str(checkpoint))
@@ -90,13 +77,7 @@ def export_vggish(checkpoint: Path, out: Path) -> TeacherInfo:
 
 
 def check_vggish(folder: Path) -> SineCheck:
-    """Embed the sine that tells whether a VGGish has Google's released weights.
-
-    Raises
-    ------
-    TeacherError
-        If `folder` holds no teacher.
-    """
+    """Embed the sine that tells whether a VGGish has Google's released weights."""
     times = np.arange(3 * vggish.SAMPLE_RATE_HZ) / vggish.SAMPLE_RATE_HZ
     embedding = load_teacher(folder)(np.sin(2 * np.pi * 1000 * times).astype(np.float32))
     return SineCheck(float(embedding.mean()), float(embedding.std()))
@@ -105,22 +86,9 @@ def check_vggish(folder: Path) -> SineCheck:
 def export_musicnn(out: Path, *, wheel: Path | None = None) -> TeacherInfo:
     """Build a teacher from the checkpoint that the package musicnn 0.1.0 carries.
 
-    Parameters
-    ----------
-    out : pathlib.Path
-        Folder of the SavedModel and the package's licence; may hold the same model already.
-    wheel : pathlib.Path, optional
-        The package's wheel; by default pip downloads it.
-
-    Returns
-    -------
-    TeacherInfo
-        Identity of the teacher in `out`.
-
-    Raises
-    ------
-    TeacherError
-        If the wheel cannot be downloaded or is another one, or `out` holds something else.
+    `out` receives the SavedModel and the package's licence. Without `wheel`, pip downloads the
+    package. TeacherError means that the wheel cannot be downloaded or is another one, or that `out`
+    holds another model.
     """
     tf = import_tensorflow()
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,8 +106,6 @@ def musicnn_tags(folder: Path, waveform: NDArray[np.float32]) -> list[tuple[str,
 
     Parameters
     ----------
-    folder : pathlib.Path
-        The teacher.
     waveform : float32 [sample]
         Mono, 16 kHz, at least one window long.
 
@@ -147,11 +113,6 @@ def musicnn_tags(folder: Path, waveform: NDArray[np.float32]) -> list[tuple[str,
     -------
     list of (str, float)
         Tags and their likelihoods, averaged over windows; the most likely first.
-
-    Raises
-    ------
-    TeacherError
-        If the teacher has no tags.
     """
     tf = import_tensorflow()
     model = tf.saved_model.load(str(folder))
@@ -173,12 +134,15 @@ def _export(
     """Save functions of (tf, variables, waveform) as one SavedModel, and load it as a teacher."""
     with published_folder(out, lambda _, old: _embed_the_same(teacher, old)) as staging:
         module = tf.Module()
+        # TensorFlow saves what is attached to the module, and refuses functions that use other
+        # variables.
         module.parameters = {
             name.replace("/", "."): tf.Variable(value, trainable=False, name=name)
             for name, value in variables.items()
         }
         by_name = dict(zip(variables, module.parameters.values(), strict=True))
         for name, function in functions.items():
+            # The signature leaves lengths open: each function is traced once and takes any audio.
             shape = [None, None] if name == EACH else [None]
             signature = [tf.TensorSpec(shape, tf.float32, name="waveform")]
             bound = functools.partial(function, tf, by_name)
@@ -189,7 +153,11 @@ def _export(
             raise TeacherError(f"{out}: cannot be written ({one_line(error)})") from error
         for name, content in (companions or {}).items():
             (staging / name).write_bytes(content)
+        # Loading checks the windows. It comes before the folder is renamed, so that `out` never
+        # holds a model that is no teacher.
         teacher = load_teacher(staging)
+    # The staging folder is gone by now. If `out` held an equal export before, it has stayed, with a
+    # digest of its own.
     return replace(teacher.info, handle=str(out), digest=content_digest(out))
 
 
@@ -199,6 +167,7 @@ def _embed_the_same(new: Teacher, folder: Path) -> bool:
         old = load_teacher(folder)
     except TeacherError:
         return False
+    # Handle and digest may differ between equal exports; rate, windows and dimension may not.
     if replace(new.info, handle="", digest="") != replace(old.info, handle="", digest=""):
         return False
     num_samples = new.info.window_samples + new.info.hop_samples
@@ -216,6 +185,8 @@ def _read_checkpoint(
         raise TeacherError(
             f"{origin}: cannot be read as a TensorFlow checkpoint ({one_line(error)})"
         ) from error
+    # Compare all shapes before any value is read, to tell another model's checkpoint from a damaged
+    # one.
     found = reader.get_variable_to_shape_map()
     for name, shape in shapes.items():
         if name not in found:
@@ -246,6 +217,7 @@ def _download_musicnn(folder: Path) -> Path:
         ) from error
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
+        # pip may print warnings too: report its first error, or else its last line.
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if line.startswith("ERROR:")), (lines or [""])[-1])
         raise TeacherError(
@@ -261,6 +233,7 @@ def _unpack_musicnn(wheel: Path, folder: Path) -> Path:
         content = wheel.read_bytes()
     except OSError as error:
         raise TeacherError(f"{wheel}: cannot be read ({error.strerror})") from error
+    # Nothing is unpacked from a file before its hash is known to be right.
     digest = hashlib.sha256(content).hexdigest()
     if digest != MUSICNN_SHA256:
         raise TeacherError(

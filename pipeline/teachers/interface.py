@@ -12,18 +12,9 @@ from numpy.typing import NDArray
 class TeacherInfo:
     """Identity of a teacher, and how it cuts audio into windows.
 
-    Attributes
-    ----------
-    handle : str
-        Address or folder that the teacher was loaded from.
-    digest : str
-        `content_digest` of its folder.
-    sample_rate_hz : int
-        Sample rate of its input.
-    dim : int
-        Dimension of an embedding.
-    window_samples, hop_samples : int
-        Window ``w`` covers ``window_samples`` samples from ``w * hop_samples``.
+    `handle` is the address or folder that the teacher was loaded from, `digest` the
+    `content_digest` of its folder. Window ``w`` covers ``window_samples`` samples from
+    ``w * hop_samples``.
     """
 
     handle: str
@@ -37,14 +28,11 @@ class TeacherInfo:
 class Teacher:
     """Base class of loaded teachers; `flsep.pipeline.teachers.loading` makes them.
 
-    Attributes
-    ----------
-    info : TeacherInfo
-        Identity and windows.
-    batch_windows : int
-        Largest number of windows in one call of the model.
+    One call of the model takes at most `batch_windows` windows. TeacherError is raised if an
+    embedding is not finite.
     """
 
+    # Subclasses set both when they load the model.
     info: TeacherInfo
     batch_windows: int
 
@@ -54,36 +42,20 @@ class Teacher:
         Parameters
         ----------
         waveform : float32 [sample]
-            Mono, at ``info.sample_rate_hz``, in -1..1.
+            Mono, at ``info.sample_rate_hz``, in -1..1, at least one window long.
 
         Returns
         -------
         float32 [window, dim]
-            One embedding for each window that lies inside the waveform, at least one.
-
-        Raises
-        ------
-        TeacherError
-            If an embedding is not finite.
+            One embedding for each window that lies inside the waveform.
         """
         raise NotImplementedError
 
     def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed short waveforms of one length, in larger batches if the model can.
 
-        Parameters
-        ----------
-        waveforms : float32 [waveform, sample]
-            Mono, at ``info.sample_rate_hz``, in -1..1, at least one window long.
-
-        Returns
-        -------
-        float32 [waveform, window, dim]
-            One embedding for each window that lies inside a waveform.
-
-        Raises
-        ------
-        TeacherError
-            If an embedding is not finite.
+        The waveforms are float32 [waveform, sample], each as for a single call. The result is
+        float32 [waveform, window, dim].
         """
+        # A model that takes several waveforms in one call overrides this.
         return np.stack([self(waveform) for waveform in waveforms])

@@ -25,25 +25,17 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher and find out how it cuts audio into windows.
 
-    Parameters
-    ----------
-    handle : str or path
-        Alias, address or folder, as for `resolve`.
-    batch_windows : int
-        Largest number of windows in one call of the model.
-    num_threads : int, optional
-        Threads of TensorFlow in this process; by default one a core.
-    info : TeacherInfo, optional
-        Result of an earlier load of the same teacher; its windows are then not searched again.
-        The caller compares the digests.
+    `handle` is an alias, address or folder, as for `resolve`. `info` is the result of an earlier
+    load of the same teacher; its windows are then not searched again, and the caller compares the
+    digests. TensorFlow uses `num_threads` threads in this process, by default one a core.
 
     Raises
     ------
     TeacherError
-        If the teacher cannot be found, downloaded or loaded, or `num_threads` cannot take
-        effect because TensorFlow runs already, or the model is no teacher: a function of
-        float32 [sample] that returns finite float32 [window, dim], where the embedding of a
-        window depends on that window alone.
+        If the teacher cannot be found, downloaded or loaded, or `num_threads` cannot take effect
+        because TensorFlow runs already, or the model is no teacher: a function of float32 [sample]
+        that returns finite float32 [window, dim], where the embedding of a window depends on that
+        window alone.
     """
     return SavedModelTeacher.load(
         canonical_handle(handle),
@@ -54,16 +46,12 @@ def load_teacher(
     )
 
 
+# A worker runs many tasks with one teacher, and loading TensorFlow and the model is slow.
 @lru_cache(maxsize=1)
 def load_once(folder: Path, info: TeacherInfo, num_threads: int | None) -> Teacher:
-    """Load the teacher that a run has found, once in a process.
-
-    Raises
-    ------
-    TeacherError
-        If its content has changed since.
-    """
+    """Load the teacher that a run has found, once in a process; refuse it if it has changed."""
     teacher = load_teacher(str(folder), num_threads=num_threads, info=info)
+    # The windows were taken from `info` without a search, which is right for the same files only.
     if teacher.info.digest != info.digest:
         raise TeacherError(
             f"{folder}: the teacher changed while the run was going on; start again with one "

@@ -41,6 +41,7 @@ def import_tensorflow() -> Any:
     Setting ``TF_CPP_MIN_LOG_LEVEL`` turns the messages on again. oneDNN is on, unless
     ``TF_ENABLE_ONEDNN_OPTS`` is set: its results do not depend on the number of threads.
     """
+    # Once TensorFlow is loaded, the variables below have no effect.
     if "tensorflow_hub" in sys.modules:
         return sys.modules["tensorflow"]
     # Worker processes inherit the level that was set here.
@@ -58,21 +59,10 @@ def import_tensorflow() -> Any:
 def resolve(handle: str | os.PathLike[str]) -> Path:
     """Find the local folder of a teacher's SavedModel; download it if need be.
 
-    Parameters
-    ----------
-    handle : str or path
-        ``"vggish"``, an http(s) address as TensorFlow Hub serves them, the gs address of an
-        archive, or a folder.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder, or its copy in TensorFlow Hub's cache (``TFHUB_CACHE_DIR``).
-
-    Raises
-    ------
-    TeacherError
-        If the folder holds no SavedModel, or the address cannot be downloaded completely.
+    `handle` is ``"vggish"``, an http(s) address as TensorFlow Hub serves them, the gs address of an
+    archive, or a folder. Downloads are kept in TensorFlow Hub's cache (``TFHUB_CACHE_DIR``).
+    TeacherError means that a folder holds no SavedModel, or that an address cannot be downloaded
+    completely.
     """
     name = canonical_handle(handle)
     if "://" not in name:
@@ -96,6 +86,7 @@ def resolve(handle: str | os.PathLike[str]) -> Path:
     except TeacherError as error:
         raise _unreachable(name, str(error)) from error
     except urllib.error.HTTPError as error:
+        # An HTTPError is an open response too.
         error.close()
         raise _unreachable(name, f"HTTP {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
@@ -128,19 +119,15 @@ def own_files(folder: Path) -> list[str]:
 
 
 def content_digest(folder: Path) -> str:
-    """Return the SHA-256 of names, lengths and bytes of a SavedModel's `own_files`, in hex.
-
-    Raises
-    ------
-    TeacherError
-        If the folder holds no SavedModel.
-    """
+    """Return the SHA-256 of names, lengths and bytes of a SavedModel's `own_files`, in hex."""
     names = own_files(folder)
     if _MODEL_FILE not in names:
         raise TeacherError(f"teacher {folder}: the folder is no SavedModel, no {_MODEL_FILE} in it")
     digest = hashlib.sha256()
     for name in names:
         path = folder / name
+        # Lengths mark where a file ends: bytes that move from one file to the next change the
+        # digest.
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -159,22 +146,9 @@ def published_folder(
 ) -> Iterator[Path]:
     """Fill a folder beside `out` that is renamed to `out` once it is complete.
 
-    Parameters
-    ----------
-    out : pathlib.Path
-        Missing, empty, or a folder with the same SavedModel, which then stays unchanged.
-    is_same : callable
-        Tells whether the new folder and `out` hold the same model.
-
-    Yields
-    ------
-    pathlib.Path
-        Folder to write a SavedModel into; removed if the block raises.
-
-    Raises
-    ------
-    TeacherError
-        If `out` holds something else or cannot be written.
+    `out` may be missing, empty, or a folder with the same SavedModel, which then stays unchanged;
+    `is_same` compares the new folder with it. The block receives the new folder, which is removed
+    if the block raises. TeacherError means that `out` holds something else or cannot be written.
     """
     out = out.absolute()
     if out.exists() and not out.is_dir():
@@ -182,6 +156,8 @@ def published_folder(
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not (out / _MODEL_FILE).is_file():
         raise TeacherError(f"{out}: the folder is not empty and no SavedModel; name another")
+    # A sibling lies on the same file system, so that it can be renamed. Two processes that publish
+    # to the same place do not share it.
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         staging.mkdir(parents=True)
@@ -190,6 +166,7 @@ def published_folder(
     try:
         yield staging
         if not occupied:
+            # If `out` is an empty folder, the new one replaces it.
             staging.rename(out)
         elif not is_same(staging, out):
             raise TeacherError(f"{out}: the folder holds another SavedModel; name another")
@@ -200,20 +177,7 @@ def published_folder(
 
 
 def fetch(handle: str | os.PathLike[str], out: Path) -> Path:
-    """Copy a teacher's SavedModel to a folder, for a machine without internet.
-
-    Parameters
-    ----------
-    handle : str or path
-        Alias, address or folder, as for `resolve`.
-    out : pathlib.Path
-        The new folder, which is also returned.
-
-    Raises
-    ------
-    TeacherError
-        As `resolve` and `published_folder` do.
-    """
+    """Copy a teacher's SavedModel to the folder `out`, for a machine without internet."""
     source = resolve(handle)
     with published_folder(out) as staging:
         for name in own_files(source):
@@ -249,6 +213,7 @@ def _download(handle: str) -> str:
             raise TeacherError("a gs address must name an archive, .tar.gz")
         return str(tensorflow_hub.resolve(handle))
 
+    # Download the whole archive and check it before the library unpacks anything.
     with tempfile.TemporaryFile() as archive:
 
         class CheckedResolver(HttpCompressedFileResolver):
@@ -277,6 +242,8 @@ def _check_archive(archive: IO[bytes], announced: str | None) -> None:
     archive.seek(0)
     try:
         with tarfile.open(fileobj=archive, mode="r:*") as tar:
+            # Listing reads the archive to its end, which finds one that was cut off. Names may
+            # begin with `./`.
             names = {os.path.normpath(member.name) for member in tar.getmembers()}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise TeacherError(
@@ -293,6 +260,8 @@ def _start_up_noise_dropped() -> Iterator[None]:
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as held:
+        # TensorFlow's libraries write to the descriptor; a replaced `sys.stderr` would miss their
+        # lines.
         os.dup2(held.fileno(), 2)
         try:
             yield

@@ -48,14 +48,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def log_mel(tf: Any, waveform: Any) -> Any:
-    """Compute the patches that the network sees.
-
-    Parameters
-    ----------
-    tf : module
-        TensorFlow.
-    waveform : float32 [..., sample]
-        Mono, 16 kHz.
+    """Compute the patches that the network sees from mono audio at 16 kHz, float32 [..., sample].
 
     Returns
     -------
@@ -63,6 +56,7 @@ def log_mel(tf: Any, waveform: Any) -> Any:
         ``log10(1 + 10000 mel)``: periodic Hann windows of 512 samples every 256, not centred; 96
         Slaney mel bands of the power, 0-8000 Hz; patches of 187 frames without overlap.
     """
+    # Only an export needs librosa: the saved graph holds the bands as a constant.
     import librosa
 
     spectrum = tf.signal.stft(waveform, _FFT_SIZE, _FRAME_HOP_SAMPLES)
@@ -73,16 +67,7 @@ def log_mel(tf: Any, waveform: Any) -> Any:
 
 
 def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
-    """Embed a waveform.
-
-    Parameters
-    ----------
-    tf : module
-        TensorFlow.
-    variables : mapping of str to variable
-        Named as in `SHAPES`.
-    waveform : float32 [..., sample]
-        Mono, 16 kHz.
+    """Embed mono audio at 16 kHz, float32 [..., sample], with variables named as in `SHAPES`.
 
     Returns
     -------
@@ -91,6 +76,8 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
         normalisation uses the trained moments. The windows of the first waveform come first.
     """
     patches = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS])
+    # Embed the patches in groups, one after the other, so that memory does not grow with the length
+    # of the audio.
     num_groups = -(-tf.shape(patches)[0] // _PATCHES_AT_ONCE)
 
     def embed_group(group: Any, embeddings: Any) -> tuple[Any, Any]:
@@ -107,12 +94,13 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
 
 
 def tag(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
-    """Return the likelihoods of `TAGS`, float32 [window, tag]; parameters as for `embed`."""
+    """Return the likelihoods of `TAGS`, float32 [window, tag], for the audio that `embed` takes."""
     embedding = embed(tf, variables, waveform)
     return tf.sigmoid(tf.matmul(embedding, variables["dense/kernel"]) + variables["dense/bias"])
 
 
 def _embed_patches(tf: Any, variables: Mapping[str, Any], patches: Any) -> Any:
+    # Normalisation 0 has a single channel, that of the input. The others follow the convolutions.
     hidden = _normalise(tf, variables, 0, patches[..., tf.newaxis])
     for layer, (size, stride) in enumerate(_POOLS, start=1):
         kernel, bias = (variables[f"{layer}CNN/{kind}"] for kind in ("kernel", "bias"))

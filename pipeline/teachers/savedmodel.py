@@ -66,6 +66,7 @@ class SavedModelTeacher(Teacher):
             ) from error
         function = _Function(name, model)
         digest = content_digest(folder)
+        # The search for windows takes many calls of the model: skip it if its result is known.
         if info is not None:
             return cls(function, replace(info, digest=digest), batch_windows=batch_windows)
         window_samples, hop_samples, dim = _find_windows(function)
@@ -101,6 +102,7 @@ class SavedModelTeacher(Teacher):
         num_windows = 1 + (waveforms.shape[1] - info.window_samples) // info.hop_samples
         if not self._model.has_each or num_windows < 1:
             return np.stack([self(waveform) for waveform in waveforms])
+        # Memory depends on the number of windows in a call, whichever waveforms they come from.
         at_once = max(1, self.batch_windows // num_windows)
         parts = [
             self._model.embed_each(waveforms[first : first + at_once])
@@ -158,6 +160,7 @@ class _Function:
         """Count the windows of a probe; 0 if the model refuses it as too short."""
         try:
             return len(self(waveform))
+        # The model took the input and returned something wrong, so the length is not the problem.
         except TeacherError:
             raise
         except Exception:  # every model refuses short input in its own way
@@ -179,6 +182,7 @@ def _configure(tf: Any, num_threads: int | None) -> None:
         for gpu in tf.config.list_physical_devices("GPU"):
             if not tf.config.experimental.get_memory_growth(gpu):
                 tf.config.experimental.set_memory_growth(gpu, True)
+        # A running TensorFlow refuses every change, so ask for none if the value is right already.
         if num_threads is not None and num_threads != running:
             threading.set_intra_op_parallelism_threads(num_threads)
             threading.set_inter_op_parallelism_threads(1)
@@ -193,11 +197,13 @@ def _configure(tf: Any, num_threads: int | None) -> None:
 def _find_windows(function: _Function) -> tuple[int, int, int]:
     """Find window, hop (both in samples) and dimension by calling the model on noise."""
     noise = _noise(_LONGEST_PROBE_SAMPLES)
+    # Double the probe until it holds two windows, which is as much as the hop needs.
     long = _SHORTEST_PROBE_SAMPLES
     while function.count_windows(noise[:long]) < 2:
         long *= 2
         if long > _LONGEST_PROBE_SAMPLES:
             raise _refusal(function, noise)
+    # The shortest input with one window is a window long; with two, it is a hop longer.
     window_samples = _fewest_samples(function, noise[:long], 1)
     two_windows = _fewest_samples(function, noise[:long], 2, more_than=window_samples)
     dim = function(noise[:window_samples]).shape[1]
@@ -208,6 +214,7 @@ def _fewest_samples(
     function: _Function, noise: NDArray[np.float32], num_windows: int, more_than: int = 0
 ) -> int:
     """Find by bisection the shortest beginning of `noise` that gives `num_windows`."""
+    # Invariant: `low` samples hold too few windows, `high` samples hold enough.
     low, high = more_than, len(noise)
     while high - low > 1:
         middle = (low + high) // 2
@@ -236,6 +243,7 @@ def _refusal(function: _Function, noise: NDArray[np.float32]) -> TeacherError:
 
 def _check_chunks(function: _Function, info: TeacherInfo) -> None:
     """Raise TeacherError unless chunks of two windows give what the whole gives."""
+    # One sample less than a further window needs: the number of windows is checked at its edge.
     num_samples = info.window_samples + _NUM_CHECKED_WINDOWS * info.hop_samples - 1
     waveform = _noise(num_samples)
     whole = function(waveform)
@@ -248,6 +256,7 @@ def _check_chunks(function: _Function, info: TeacherInfo) -> None:
     difference = np.abs(whole - _embed_in_chunks(function, info, waveform, 2)).max()
     largest = np.abs(whole).max()
     if function.has_each:
+        # The second waveform differs, so that a wrong order of the windows shows.
         each = function.embed_each(np.stack([waveform, -waveform]))[:_NUM_CHECKED_WINDOWS]
         if each.shape != whole.shape or np.abs(each - whole).max() > _CHUNK_TOLERANCE * largest:
             raise TeacherError(
@@ -270,6 +279,7 @@ def _embed_in_chunks(
     embedding = np.empty((num_windows, info.dim), np.float32)
     for first in range(0, num_windows, batch_windows):
         stop = min(first + batch_windows, num_windows)
+        # From the first sample of the first window to the last sample of the last one.
         chunk = waveform[first * hop_samples : (stop - 1) * hop_samples + window_samples]
         part = function(chunk)
         if part.shape != (stop - first, info.dim):

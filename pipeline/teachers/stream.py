@@ -11,16 +11,9 @@ from flsep.pipeline.teachers.interface import Teacher
 class EmbeddingStream:
     """Mixes a signal down to mono at the teacher's rate and embeds it in batches of windows.
 
-    Parameters
-    ----------
-    teacher : Teacher
-        Computes the embeddings.
-    sample_rate_hz : int
-        Sample rate of the blocks.
-    num_samples : int
-        Length of the signal at the teacher's rate, at least one window.
-    seconds : Stopwatch
-        Takes the times of ``decode`` (which includes resampling), ``teacher`` and ``write``.
+    Blocks come at `sample_rate_hz`. The signal has `num_samples` samples at the teacher's rate, at
+    least one window. `seconds` takes the times of ``decode`` (which includes resampling),
+    ``teacher`` and ``write``.
     """
 
     def __init__(
@@ -49,6 +42,7 @@ class EmbeddingStream:
         """Return embeddings, float32 [window, dim], and levels, float32 [window], dBFS."""
         for batch in self._batches.add(self._mono.finish()):
             self._embed(batch)
+        # The rest begins where the next window would; it may be too short to hold one.
         rest = self._batches.rest()
         if len(rest) >= self._teacher.info.window_samples:
             self._embed(rest)

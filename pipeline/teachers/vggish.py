@@ -39,14 +39,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def log_mel(tf: Any, waveform: Any) -> Any:
-    """Compute the patches that the network sees.
-
-    Parameters
-    ----------
-    tf : module
-        TensorFlow.
-    waveform : float32 [..., sample]
-        Mono, 16 kHz.
+    """Compute the patches that the network sees from mono audio at 16 kHz, float32 [..., sample].
 
     Returns
     -------
@@ -63,16 +56,7 @@ def log_mel(tf: Any, waveform: Any) -> Any:
 
 
 def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
-    """Embed a waveform.
-
-    Parameters
-    ----------
-    tf : module
-        TensorFlow.
-    variables : mapping of str to variable
-        Named as in `SHAPES`.
-    waveform : float32 [..., sample]
-        Mono, 16 kHz.
+    """Embed mono audio at 16 kHz, float32 [..., sample], with variables named as in `SHAPES`.
 
     Returns
     -------
@@ -83,6 +67,7 @@ def embed(tf: Any, variables: Mapping[str, Any], waveform: Any) -> Any:
     hidden = tf.reshape(log_mel(tf, waveform), [-1, _PATCH_FRAMES, _NUM_MELS, 1])
     for layer, shape in _LAYERS.items():
         weights, biases = (variables[f"vggish/{layer}/{kind}"] for kind in ("weights", "biases"))
+        # Weights with four axes belong to a convolution, those with two to a dense layer.
         if len(shape) == 4:
             hidden = tf.nn.relu(tf.nn.conv2d(hidden, weights, 1, "SAME") + biases)
         else:
