@@ -36,6 +36,7 @@ class _Registered(click.Choice[str]):
 
     def __init__(self, registry: Mapping[str, str]) -> None:
         self._registry = registry
+        # click assigns `choices`, so that the property below needs a setter.
         super().__init__(tuple(registry))
 
     @property
@@ -56,6 +57,7 @@ class _Commands(CommandGroup):
     def explain(self, error: Exception) -> str | None:
         """Return one line for an expected failure, None for a bug."""
         line = super().explain(error)
+        # Compare the name, since this module does not import torch.
         memory = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
         if isinstance(error, MemoryError) or memory == "GPU memory":
             line = f"out of {memory}; use --set data.batch_size=... or a smaller model"
@@ -84,6 +86,7 @@ def main() -> None:
     """
 
 
+# Options that several commands share.
 def _device_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--device",
@@ -238,6 +241,7 @@ def fit(
 
 
 def _count_threads(workers: int | None) -> int:
+    # Count the cores that this process may run on, not those of the machine.
     return min(8, len(os.sched_getaffinity(0))) if workers is None else workers
 
 

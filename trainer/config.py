@@ -227,6 +227,7 @@ def configure_separator(name: str, **settings: Any) -> SeparatorConfig:
 
 def configure_approach(name: str, **settings: Any) -> ApproachConfig:
     """Return the section of an approach, with those of the given fields set that it has."""
+    # Recipes pass settings that only some approaches have.
     kind = load(APPROACHES, name, "approach").Config
     known = {entry.name for entry in fields(kind)}
     config: ApproachConfig = kind(**{key: settings[key] for key in known & settings.keys()})
@@ -257,6 +258,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.loss is None:
+            # The section is frozen; this is its own initialisation.
             object.__setattr__(self, "loss", default_loss(self.separator))
 
     def with_separator(self, name: str) -> Self:
@@ -301,11 +303,13 @@ def _read_section(section: str, kind: Any, stored: Any) -> Any:
             f"stored configuration: section {section!r} is {stored!r}; "
             f"expected the fields {', '.join(sorted(names))}"
         )
+    # The class itself sets its name.
     return kind(**{entry.name: stored[entry.name] for entry in fields(kind) if entry.init})
 
 
 def type_hints(kind: type[Section]) -> dict[str, Any]:
     """Return the type of each field of a section."""
+    # The annotations are text where a module postpones their evaluation.
     hints = get_type_hints(kind)
     return {entry.name: hints[entry.name] for entry in fields(kind)}
 
@@ -316,6 +320,7 @@ def list_differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any,
     differences = {}
     for section in before:
         for name in before[section] | after[section]:
+            # Another separator or approach has other fields.
             values = before[section].get(name), after[section].get(name)
             if values[0] != values[1]:
                 differences[f"{section}.{name}"] = values

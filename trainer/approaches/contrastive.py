@@ -78,7 +78,7 @@ def contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE, in nats, of projected latents against embeddings, and its accuracy.
 
-    Both are float32 [window, dim], row by row the same window. The accuracy, without gradient, is
+    Both are float32 [window, dim]; a row of both is one window. The accuracy, without gradient, is
     the share of latents that are most similar to their own window's embedding. Loss and accuracy
     are 0 with fewer than two windows.
     """

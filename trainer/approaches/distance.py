@@ -1,4 +1,4 @@
-"""Distance-based regularization: latents shall lie apart as their embeddings do.
+"""Distance-based regularization: distances between latents shall match those of embeddings.
 
 Shape suffixes: D latent, E embedding; M compared windows.
 """
@@ -35,8 +35,8 @@ class Distance(Regularizer):
 def distance_loss(latents_MD: Tensor, embeddings_ME: Tensor) -> Tensor:
     """Compare the cosine distances between latents with those between embeddings.
 
-    Both are float32 [window, feature], row by row the same window. The loss, in [0, 4], is the mean
-    squared difference over all pairs of different windows; 0 with fewer than two windows.
+    Both are float32 [window, feature]; a row of both is one window. The loss, in [0, 4], is
+    the mean squared difference over all pairs of windows; it is 0 with fewer than two windows.
     """
     num_windows = len(latents_MD)
     if num_windows < 2:  # nothing to compare; the zero keeps the graph connected

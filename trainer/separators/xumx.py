@@ -270,7 +270,7 @@ class XUMX(Separator):
     def public_state(self) -> dict[str, Tensor]:
         """Return the state under the names of the public PyTorch implementation.
 
-        The tensors are views of the separator's own, but for the counts of batches.
+        The tensors are views of the separator's own, except for the counts of batches.
         """
         state: dict[str, Tensor] = {}
         num_sources = len(self.sources)
