@@ -37,6 +37,7 @@ class _Registered(click.Choice[str]):
 
     def __init__(self, registry: Mapping[str, str]) -> None:
         self._registry = registry
+        # click assigns `choices`, so that the property below needs a setter.
         super().__init__(tuple(registry))
 
     @property
@@ -84,6 +85,7 @@ def main() -> None:
     """
 
 
+# Options that several commands share.
 def _device_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--device",
@@ -240,6 +242,7 @@ def fit(
 
 
 def _count_threads(workers: int | None) -> int:
+    # Count the cores that this process may run on, not those of the machine.
     return min(8, len(os.sched_getaffinity(0))) if workers is None else workers
 
 

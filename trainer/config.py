@@ -253,6 +253,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.loss is None:
+            # The section is frozen; this is its own initialisation.
             object.__setattr__(self, "loss", default_loss(self.separator))
 
     def with_separator(self, name: str) -> Self:
@@ -302,6 +303,7 @@ def _read_section(section: str, kind: Any, stored: Any) -> Any:
         )
     # JSON has lists where sections have tuples.
     values = {key: tuple(value) if type(value) is list else value for key, value in stored.items()}
+    # The class itself sets its name.
     return kind(**{entry.name: values[entry.name] for entry in fields(kind) if entry.init})
 
 
@@ -317,6 +319,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 def type_hints(kind: type[Section]) -> dict[str, Any]:
     """Return the type of each field of a section."""
+    # The annotations are text where a module postpones their evaluation.
     hints = get_type_hints(kind)
     return {entry.name: hints[entry.name] for entry in fields(kind)}
 
@@ -327,6 +330,7 @@ def list_differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any,
     differences = {}
     for section in before:
         for name in before[section] | after[section]:
+            # Another separator or approach has other fields.
             values = before[section].get(name), after[section].get(name)
             if values[0] != values[1]:
                 differences[f"{section}.{name}"] = values

@@ -32,13 +32,7 @@ _groups: list[Any] = []
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of the processes that train together.
-
-    Attributes
-    ----------
-    number, world_size : int
-        Number of this process, from 0, and number of processes.
-    """
+    """Number of a process, from 0, among the `world_size` processes that train together."""
 
     number: int = 0
     world_size: int = 1
@@ -56,22 +50,9 @@ class Rank:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Rank]:
-    """Join the processes that `torchrun` has started, if it has.
+    """Join the processes that `torchrun` has started, if it has, and yield this one's rank.
 
-    Parameters
-    ----------
-    device : torch.device
-        Device of this process: NCCL connects GPUs, Gloo connects processors.
-
-    Yields
-    ------
-    Rank
-        The rank of this process.
-
-    Raises
-    ------
-    LostProcessError
-        If another process has ended.
+    NCCL connects GPUs, Gloo connects processors. LostProcessError says that another process ended.
     """
     if not (dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
         yield Rank()
@@ -81,6 +62,7 @@ def joined(device: torch.device) -> Iterator[Rank]:
     try:
         yield Rank(dist.get_rank(), dist.get_world_size())
     except (dist.DistError, RuntimeError) as error:
+        # NCCL's failure has a type of its own; Gloo raises a RuntimeError.
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost:
             raise
@@ -138,16 +120,18 @@ def gather_objects(value: Any) -> list[Any]:
 def gather_rows(rows_MX: Tensor) -> Tensor:
     """Concatenate the rows of all processes, float [row, feature], in the order of the ranks.
 
-    The number of rows may differ between processes. In the backward pass each process receives the
-    sum of the gradients that all processes have for its rows.
+    The number of rows may differ. In the backward pass each process receives the sum of the
+    gradients that all processes have for its rows.
     """
     if count_ranks() == 1:
         return rows_MX
+    # Each process fills in its own entry; the sum is the table of all.
     counts = torch.zeros(count_ranks(), dtype=torch.int64, device=rows_MX.device)
     counts[dist.get_rank()] = len(rows_MX)
     sizes = sum_over_ranks(counts).tolist()
     before = sum(sizes[: dist.get_rank()])
     after = sum(sizes) - before - len(rows_MX)
+    # Zeros stand for the rows of the others, so that the sum is the concatenation.
     gathered: Tensor = _Sum.apply(F.pad(rows_MX, (0, 0, before, after)))
     return gathered
 
@@ -182,6 +166,7 @@ class BatchNorm(nn.BatchNorm1d):
         gain_X = self.weight if gain_X is None else gain_X
         shift_X = self.bias if shift_X is None else shift_X
         rows_MX = input.flatten(0, -2)
+        # `F.batch_norm` leaves counting to its caller.
         if self.training:
             self.num_batches_tracked += 1
         if self.training and count_ranks() > 1:
@@ -201,14 +186,17 @@ class BatchNorm(nn.BatchNorm1d):
         return output
 
     def _normalise_together(self, rows_MX: Tensor, gain_X: Tensor, shift_X: Tensor) -> Tensor:
+        # The statistics are float32, whatever the precision of the network.
         with torch.autocast(rows_MX.device.type, enabled=False):
             rows = rows_MX.float()
             count = sum_over_ranks(torch.tensor(float(len(rows)), device=rows.device))
+            # Centre before squaring: E[x^2] - E[x]^2 would cancel where the mean is large.
             mean_X = _Sum.apply(rows.sum(0)) / count
             centred_MX = rows - mean_X
             variance_X = _Sum.apply(centred_MX.square().sum(0)) / count
             with torch.no_grad():
                 self.running_mean.lerp_(mean_X, self.momentum)
+                # As in torch, the running variance is the unbiased one.
                 self.running_var.lerp_(variance_X * (count / (count - 1)), self.momentum)
             scale_X = (variance_X + self.eps).rsqrt() * gain_X
             output_MX: Tensor = centred_MX * scale_X + shift_X

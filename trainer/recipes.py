@@ -54,13 +54,8 @@ RECIPES: dict[str, Callable[[str], TrainConfig]] = {"xumx": xumx, "demo": demo}
 
 
 def resolve_config(recipe: str, settings: Sequence[str]) -> TrainConfig:
-    """Return the configuration of a recipe, changed by settings ``section.field=value``.
-
-    Raises
-    ------
-    ConfigError
-        If a setting cannot be applied.
-    """
+    """Return the configuration of a recipe, changed by settings ``section.field=value``."""
+    # The recipe has to know the approach before the other settings apply; the last name wins.
     names = ["none"]
     for section, field, text in map(split_setting, settings):
         if (section, field) == ("approach", "name"):

@@ -27,23 +27,9 @@ ENGINES = {
 
 
 def load(registry: Mapping[str, str], name: str, what: str) -> Any:
-    """Import the class that a registry has under a name.
-
-    Parameters
-    ----------
-    registry : mapping of str to str
-        Name to ``module:Class``.
-    name : str
-        Key of `registry`.
-    what : str
-        What the registry holds, for the message, e.g. ``separator``.
-
-    Raises
-    ------
-    ConfigError
-        If the registry does not have the name.
-    """
+    """Import the class registered under a name; `what`, e.g. ``engine``, is for the message."""
     if name not in registry:
         raise ConfigError(f"unknown {what} {name!r}; expected one of {', '.join(registry)}")
+    # An entry is ``module:Class``.
     module, _, attribute = registry[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

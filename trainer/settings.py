@@ -10,22 +10,11 @@ from flsep.trainer.errors import ConfigError
 
 
 def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
-    """Return a configuration with some fields changed.
+    """Return a configuration changed by settings ``section.field=value``.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        The configuration to start from.
-    settings : iterable of str
-        Settings ``section.field=value``; the last one of a field wins. ``separator.name`` and
-        ``approach.name`` come first and bring the defaults of their sections. A section is checked
-        after all its fields have been changed, so that the order of settings does not matter.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown section or field (the message names the nearest), or a value that the field
-        cannot have.
+    The last setting of a field wins; apart from that, their order does not matter. A new
+    ``separator.name`` or ``approach.name`` brings the defaults of its section. ConfigError names
+    the nearest known section or field, or what a field takes.
     """
     texts: dict[str, dict[str, str]] = {}
     for setting in settings:
@@ -40,6 +29,7 @@ def apply_settings(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         name = texts.get(section, {}).pop("name", old)
         if name != old:
             config = choose(config, name)
+    # Check a section after all its fields are changed: the limits of one may depend on another.
     changed: dict[str, Any] = {
         section: _change_section(getattr(config, section), changes)
         for section, changes in texts.items()
@@ -85,6 +75,7 @@ def _parse(setting: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
     try:
+        # bool("false") would be true.
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)

@@ -21,14 +21,13 @@ class TeacherWindows:
     Attributes
     ----------
     embeddings : Tensor
-        Standardised embeddings of the mixture, float32 [batch, window, dim], or of the stems,
-        [source, batch, window, dim], in the separator's order of sources.
+        Standardised, float32 [batch, window, dim] of the mixture, or [source, batch, window, dim]
+        of the stems, in the separator's order of sources.
     activity_db : Tensor
         RMS of each window of that signal in dBFS, float32, shaped as `embeddings` without dim.
     bounds : Tensor
         First and one-past-last latent frame of each window, relative to the excerpt, int64
-        [batch, window, 2]. A window may reach beyond the excerpt. With stems there may be a leading
-        source axis.
+        [(source,) batch, window, 2]. A window may reach beyond the excerpt.
     inside : Tensor
         Whether the window lies fully inside the excerpt, bool, shaped as `bounds` without 2.
     held : Tensor
@@ -56,6 +55,7 @@ def held_windows(
 ) -> npt.NDArray[np.int64]:
     """Return the window that each frame of a track lies in: the last one that has started."""
     seconds = frames * (layout.hop_samples / layout.sample_rate_hz)
+    # The margin keeps the first frame of a window from being rounded into the one before.
     window = np.floor(seconds / layout.window_hop_seconds + 1e-6).astype(np.int64)
     clipped: npt.NDArray[np.int64] = np.clip(window, 0, num_windows - 1)
     return clipped
@@ -70,13 +70,8 @@ class Standard:
 
     @classmethod
     def of(cls, statistics: Statistics, teacher_signal: str) -> Standard:
-        """Return the statistics of the mixtures, or the pooled statistics of all stems.
-
-        Raises
-        ------
-        DataError
-            If every window of that signal is silent.
-        """
+        """Pool the statistics of the mixtures, or of all stems; refuse them if all are silent."""
+        # Row 0 of the statistics is the mixture, the others are the stems.
         used = slice(0, 1) if teacher_signal == "mixture" else slice(1, None)
         count = statistics.num_windows[used].astype(np.float64)[:, None]
         if not count.sum():

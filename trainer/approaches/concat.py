@@ -72,6 +72,7 @@ class Concatenation(Approach):
                 f"windows are held over {tuple(windows.held.shape)} (batch, frames): "
                 f"the separator expects {(len(windows.embeddings), num_frames)}"
             )
+        # Project each window once, then repeat the result over the frames that it holds for.
         projected_BWP = self.project(windows.embeddings)
         index_BNP = windows.held[..., None].expand(-1, -1, projected_BWP.shape[-1])
         held_BNP: Tensor = projected_BWP.gather(1, index_BNP)

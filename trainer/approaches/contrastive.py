@@ -76,26 +76,11 @@ class Contrastive(Regularizer):
 def contrastive_loss(
     projected_ME: Tensor, embeddings_ME: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute InfoNCE of projected latents against embeddings.
+    """Compute InfoNCE, in nats, of projected latents against embeddings, and its accuracy.
 
-    The logits of a latent are its cosine similarities to all embeddings, divided by the
-    temperature, and its own window is the right answer. Windows that the teacher hardly tells from
-    it (`DUPLICATE_COSINE`) are left out.
-
-    Parameters
-    ----------
-    projected_ME, embeddings_ME : Tensor
-        float32 [window, dim], row by row the same window.
-    temperature : float
-        Divisor of the cosines, > 0.
-
-    Returns
-    -------
-    loss : Tensor
-        Mean cross-entropy in nats, scalar; 0 with fewer than two windows.
-    accuracy : Tensor
-        Share of latents whose own window scores highest, scalar without gradient; 0 with fewer
-        than two windows.
+    Both are float32 [window, dim]; a row of both is one window. The accuracy, without gradient, is
+    the share of latents that are most similar to their own window's embedding. Loss and accuracy
+    are 0 with fewer than two windows.
     """
     if len(projected_ME) < 2:  # nothing to compare; the zero keeps the graph connected
         return projected_ME.sum() * 0.0, projected_ME.new_zeros(())

@@ -1,7 +1,4 @@
-"""Distance-based regularization: latents shall lie apart as their embeddings do.
-
-The matrix of cosine distances between the latents of all windows in a batch is pulled to that of
-their embeddings.
+"""Distance-based regularization: distances between latents shall match those of embeddings.
 
 Shape suffixes: D latent, E embedding; M compared windows.
 """
@@ -38,16 +35,8 @@ class Distance(Regularizer):
 def distance_loss(latents_MD: Tensor, embeddings_ME: Tensor) -> Tensor:
     """Compare the cosine distances between latents with those between embeddings.
 
-    Parameters
-    ----------
-    latents_MD, embeddings_ME : Tensor
-        float32 [window, latent] and [window, dim], row by row the same window.
-
-    Returns
-    -------
-    Tensor
-        Mean squared difference over all pairs of different windows, scalar in [0, 4]; 0 with
-        fewer than two windows.
+    Both are float32 [window, feature]; a row of both is one window. The loss, in [0, 4], is
+    the mean squared difference over all pairs of windows; it is 0 with fewer than two windows.
     """
     num_windows = len(latents_MD)
     if num_windows < 2:  # nothing to compare; the zero keeps the graph connected
@@ -56,5 +45,6 @@ def distance_loss(latents_MD: Tensor, embeddings_ME: Tensor) -> Tensor:
     embeddings_ME = F.normalize(embeddings_ME, dim=-1, eps=COSINE_EPSILON)
     # (1 - cos) - (1 - cos'): the ones cancel.
     differences_MM = latents_MD @ latents_MD.T - embeddings_ME @ embeddings_ME.T
+    # A window's distance to itself is 0 in both spaces; it would only dilute the mean.
     pairs_MM = ~torch.eye(num_windows, dtype=torch.bool, device=latents_MD.device)
     return differences_MM[pairs_MM].square().mean()

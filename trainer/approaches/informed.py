@@ -25,10 +25,7 @@ class InformedSeparator(nn.Module):
         self.approach = approach
 
     def forward(self, mixture_NBCF: Tensor, windows: TeacherWindows | None) -> Separation:
-        """Separate the spectrum of a mixture, complex64 [frame, batch, channel, bin].
-
-        `windows` is None if the approach does without the teacher.
-        """
+        """Separate a mixture; `windows` is None if the approach does without the teacher."""
         condition_NBP = self.approach.condition(windows, len(mixture_NBCF))
         separation: Separation = self.separator(mixture_NBCF, condition_NBP)
         return separation
@@ -37,29 +34,17 @@ class InformedSeparator(nn.Module):
 def build_model(
     config: TrainConfig, layout: Layout, statistics: Statistics | None = None
 ) -> InformedSeparator:
-    """Build a model with random weights.
+    """Build a model with random weights; raise DataError if the data do not suit the separator.
 
-    The weights of the separator depend on the seed of `config` alone, whatever the approach. The
-    generator of torch is left in the state that this seed leads to.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Sections `separator` and `approach`, and the seed.
-    layout : Layout
-        Sources, channels, STFT and teacher of the data.
-    statistics : Statistics, optional
-        Statistics that the input is standardised with; not needed when weights are loaded.
-
-    Raises
-    ------
-    DataError
-        If the data do not suit the separator.
+    The weights of the separator depend on `config.fit.seed` alone, whatever the approach. The
+    generator of torch is left in the state that this seed leads to. `statistics`, which standardise
+    the input, are not needed when weights are loaded.
     """
     separator_class = load(SEPARATORS, config.separator.name, "separator")
     approach_class = load(APPROACHES, config.approach.name, "approach")
     # Seeding twice gives the separator the same weights, however many the approach draws.
     torch.manual_seed(config.fit.seed)
+    # The approach comes first, because the separator is built for the size of its condition.
     approach: Approach = approach_class(
         config.approach,
         Sizes(

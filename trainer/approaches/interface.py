@@ -30,8 +30,7 @@ class Needs:
     teacher_to_separate : bool
         Whether it needs the mixture's embeddings to separate, too.
     latent : str or None
-        Name of the separator's latent that it compares with the embeddings. Excerpts then have to
-        hold a whole teacher window.
+        Latent that it compares with the embeddings; excerpts then hold a whole teacher window.
     """
 
     teacher_signal: TeacherSignal | None = None
@@ -41,17 +40,7 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes that the teacher and the separator give an approach.
-
-    Attributes
-    ----------
-    embedding : int
-        Number of dimensions of the teacher's embeddings.
-    latents : mapping of str to int
-        Number of features of each of the separator's latents.
-    sources : tuple of str
-        The separator's sources, in its order.
-    """
+    """Feature counts of embedding and latents, and the sources in the separator's order."""
 
     embedding: int
     latents: Mapping[str, int]
@@ -59,21 +48,12 @@ class Sizes:
 
 
 class Approach(nn.Module):
-    """Base class of approaches: gives a condition, a regularizer, both or neither.
-
-    It is registered under its name in `flsep.trainer.registry`.
-
-    Parameters
-    ----------
-    config : ApproachConfig
-        An instance of `Config`.
-    sizes : Sizes
-        Sizes of what it has to do with.
+    """Base class of approaches, which give a condition, a regularizer, both or neither.
 
     Attributes
     ----------
     Config : type
-        Section ``approach`` of the configuration.
+        Section ``approach`` of the configuration, of which `__init__` takes an instance.
     condition_size : int
         Number of features that `condition` returns for each frame; 0 for no condition.
     weight : float
@@ -102,14 +82,7 @@ class Approach(nn.Module):
     def regularizer(
         self, latents: Mapping[str, Tensor], windows: TeacherWindows | None
     ) -> dict[str, Tensor]:
-        """Compare latents and embeddings.
-
-        Parameters
-        ----------
-        latents : mapping of str to Tensor
-            Latents of the separator, as in `flsep.trainer.separators.interface.Separation`.
-        windows : TeacherWindows or None
-            Embeddings of the windows of the excerpts; None if the approach needs no teacher.
+        """Compare the `latents` of a `Separation` with the embeddings of the excerpts' windows.
 
         Returns
         -------
@@ -131,20 +104,11 @@ def find_needs(config: ApproachConfig) -> Needs:
 
 
 def require_possible(config: TrainConfig) -> Needs:
-    """Refuse a combination of approach, mixing and separator that cannot work.
-
-    Returns
-    -------
-    Needs
-        What the approach needs.
-
-    Raises
-    ------
-    ConfigError
-        With the reason and the remedy.
-    """
+    """Return what the approach needs; raise ConfigError if mixing or separator cannot give it."""
     name, needs = config.approach.name, find_needs(config.approach)
+    # Random mixing draws its mixtures during training: the teacher has never heard them.
     if config.data.mixing == "random" and needs.teacher_signal == "mixture":
+        # A stem keeps its embedding in any mixture, but separation starts from the mixture alone.
         others = "" if needs.teacher_to_separate else ", or --teacher-signal stems"
         raise ConfigError(
             f"{name} needs the mixture's embedding, and a random mixture has no precomputed "

@@ -1,11 +1,5 @@
 """What the regularizers have in common: latents and embeddings are compared window by window.
 
-With the stems as the teacher's signal, each source's own latent is compared with the embeddings of
-that source's stem, and the windows of all sources form one pool. The other sources at the same
-moment are then negatives, which is what a separator's latent has to tell apart. In pools of their
-own, sources would only have to tell moments apart, and a source that is silent except in one window
-would have no negative at all.
-
 Shape suffixes: S sources, B batch, N frames, W windows, D latent, E embedding; M compared windows.
 """
 
@@ -56,11 +50,7 @@ class RegularizerConfig(ApproachConfig):
 
 
 class Regularizer(Approach):
-    """Base class of approaches that compare latents with embeddings.
-
-    Only windows count that lie in their excerpt and are audible. In training, the windows of all
-    processes are compared with each other: those of a whole batch.
-    """
+    """Compare latents with embeddings, over the audible windows that lie inside their excerpts."""
 
     Config = RegularizerConfig
 
@@ -94,6 +84,10 @@ class Regularizer(Approach):
         with torch.autocast(latent.device.type, enabled=False):
             pooled = pool_windows(latent.float(), windows.bounds)
             compared = windows.inside & (windows.activity_db >= self.config.silence_db)
+            # With stems, this selection puts the windows of all sources into one pool. The other
+            # sources at the same moment are then negatives, which is what a separator's latent has
+            # to tell apart. In pools of their own, sources would only have to tell moments apart,
+            # and a source that is silent except in one window would have no negative at all.
             latents_MD, embeddings_ME = pooled[compared], windows.embeddings[compared].float()
             if self.training:  # in validation each process has batches of its own
                 latents_MD, embeddings_ME = gather_rows(latents_MD), gather_rows(embeddings_ME)
@@ -107,23 +101,15 @@ class Regularizer(Approach):
 
 
 def pool_windows(latent_NBD: Tensor, bounds: Tensor) -> Tensor:
-    """Average a latent over each window.
+    """Average a latent, float [..., frame, batch, latent], over each window.
 
-    Parameters
-    ----------
-    latent_NBD : Tensor
-        float [..., frame, batch, latent].
-    bounds : Tensor
-        First and one-past-last frame of each window, int64 [..., batch, window, 2]. Frames outside
-        the latent do not count.
-
-    Returns
-    -------
-    Tensor
-        float [..., batch, window, latent]; zero for a window that holds no frame of the latent.
+    The bounds, int64 [..., batch, window, 2], are a window's first and one-past-last frame; frames
+    outside the latent do not count. The result is float [..., batch, window, latent]; it is zero
+    for a window that holds no frame of the latent.
     """
     frames_N = torch.arange(latent_NBD.shape[-3], device=latent_NBD.device)
     # Each window's frames as a row of weights that add up to 1.
     held_BWN = (frames_N >= bounds[..., :1]) & (frames_N < bounds[..., 1:])
+    # clamp_min: the row of a window without frames stays zero instead of 0 / 0.
     shares_BWN = held_BWN / held_BWN.sum(-1, keepdim=True).clamp_min(1)
     return torch.einsum("...nbd,...bwn->...bwd", latent_NBD, shares_BWN.to(latent_NBD.dtype))

@@ -17,17 +17,15 @@ from flsep.trainer.config import LossConfig, SeparatorConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Separation:
-    """The output of a separator for a batch of mixtures.
-
-    A separator whose loss needs more than this returns a subclass.
+    """The output of a separator; a subclass adds what the separator's own loss needs.
 
     Attributes
     ----------
     estimates_SNBCF : Tensor
         Spectra of the sources, complex64 [source, frame, batch, channel, bin].
     latents : mapping of str to Tensor
-        Latents by name: ``shared``, float [frame, batch, latent], and ``sources``, float [source,
-        frame, batch, latent], if the separator has one for each source.
+        ``shared``, float [frame, batch, latent], and ``sources``, float [source, frame, batch,
+        latent], if the separator has a latent for each source.
     """
 
     estimates_SNBCF: Tensor
@@ -47,7 +45,7 @@ class SeparationLoss(LossConfig):
         mixture_BCT: Tensor,
         hop_samples: int,
     ) -> dict[str, Tensor]:
-        """Compare estimates and references.
+        """Compare estimates with references.
 
         Parameters
         ----------
@@ -57,8 +55,6 @@ class SeparationLoss(LossConfig):
             Spectra of the sources, complex64 [source, frame, batch, channel, bin].
         references_SBCT, mixture_BCT : Tensor
             Waveforms of the sources and of the mixture, float32.
-        hop_samples : int
-            Hop of the STFT.
 
         Returns
         -------
@@ -69,29 +65,19 @@ class SeparationLoss(LossConfig):
 
 
 class Separator(nn.Module):
-    """Base class of separators.
-
-    A subclass is the only place that knows what its network is made of. It is registered under its
-    name in `flsep.trainer.registry`.
+    """Base class of separators; only a subclass knows what its network is made of.
 
     Parameters
     ----------
-    config : SeparatorConfig
-        An instance of `Config`.
-    layout : Layout
-        Sources, channels, sample rate and STFT of the data.
     statistics : Statistics or None
-        Statistics of the training split that the input is standardised with; None if weights will
-        be loaded.
+        Statistics that the input is standardised with; None if weights will be loaded.
     condition_size : int
-        Number of features for each frame that an approach gives `forward` as a condition.
+        Number of features for each frame that `forward` takes as a condition.
 
     Attributes
     ----------
-    Config : type
-        Section ``separator`` of the configuration.
-    Loss : type
-        Section ``loss`` of the configuration: the separation loss.
+    Config, Loss : type
+        Sections ``separator`` and ``loss`` of the configuration.
     """
 
     Config: ClassVar[type[SeparatorConfig]]
@@ -113,14 +99,9 @@ class Separator(nn.Module):
         raise NotImplementedError
 
     def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> Separation:
-        """Separate a mixture.
+        """Separate a mixture, complex64 [frame, batch, channel, bin].
 
-        Parameters
-        ----------
-        mixture_NBCF : Tensor
-            Spectrum of the mixture, complex64 [frame, batch, channel, bin].
-        condition_NBE : Tensor, optional
-            Condition, float [frame, batch, condition_size], if there is a `condition_size`.
+        The condition is float [frame, batch, condition_size]; None if the condition size is 0.
         """
         raise NotImplementedError
 
@@ -129,4 +110,4 @@ class Separator(nn.Module):
         raise NotImplementedError
 
     def compile_layers(self) -> None:
-        """Compile the layers that gain from `torch.compile`."""
+        """Compile the layers that gain from `torch.compile`; by default none."""

@@ -2,9 +2,7 @@
 
 Sawata et al., "All for one and one for all: improving music separation by bridging networks",
 ICASSP 2021: a magnitude and a time-domain term (multi-domain loss), each averaged over all
-combinations of 1 to S - 1 of the S sources (combination loss). A combination's signal is a sum of
-source signals, so that every energy and inner product the loss needs is a quadratic form of one
-Gram matrix, and the 14 passes of four sources become one.
+combinations of 1 to S - 1 of the S sources (combination loss).
 
 Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, W windows, D latent,
 E embedding dimensions; K combinations, G signals of a Gram matrix.
@@ -21,25 +19,10 @@ EPSILON = 1e-10  # the public implementation's
 
 
 def combinations(num_sources: int) -> Tensor:
-    """List the proper combinations of sources: 1 to S - 1 of S.
-
-    Parameters
-    ----------
-    num_sources : int
-        Number of sources, two or more.
-
-    Returns
-    -------
-    Tensor
-        float32 [combination, source] of 0 and 1; the single sources come first.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two sources.
-    """
+    """List the combinations of 1 to S - 1 sources, float32 [combination, source] of 0 and 1."""
     if num_sources < 2:
         raise ValueError(f"found {num_sources} source: combinations need two or more")
+    # Smaller combinations come first, so that row s < S is source s alone.
     chosen = [
         members
         for size in range(1, num_sources)
@@ -54,35 +37,20 @@ def combinations(num_sources: int) -> Tensor:
 def magnitude_loss(
     estimates_SNBCF: Tensor, references_SNBCF: Tensor, combine: bool = True
 ) -> Tensor:
-    """Average the mean squared error of magnitudes over all combinations of sources.
+    """Average the mean squared error over all combinations of sources, or over single sources.
 
-    With errors e_i, the error energy of combination c is the sum of c_i c_j <e_i, e_j>. Averaged
-    over the combinations, the Gram matrix is weighted with the share of combinations that hold
-    both i and j, which is one number p on the diagonal and another q beside it. The weighted sum
-    is therefore (p - q) sum_i |e_i|^2 + q |sum_i e_i|^2: no inner product is computed at all.
-
-    Parameters
-    ----------
-    estimates_SNBCF, references_SNBCF : Tensor
-        Magnitudes, float [source, frame, batch, channel, bin].
-    combine : bool
-        Over all combinations, or over the single sources.
-
-    Returns
-    -------
-    Tensor
-        float32 scalar.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
+    Magnitudes are float [source, frame, batch, channel, bin]; the loss is a float32 scalar.
     """
     _check_shapes(estimates_SNBCF, references_SNBCF)
     with torch.autocast(estimates_SNBCF.device.type, enabled=False):
         errors = estimates_SNBCF.float() - references_SNBCF.float()
         if not combine:
             return errors.square().mean()
+        # With errors e_i, the error energy of combination c is the sum of c_i c_j <e_i, e_j>.
+        # Averaged over the combinations, <e_i, e_j> has the share of combinations that hold both i
+        # and j as its weight: one number p for i = j and another q for all other pairs. The
+        # weighted sum is therefore (p - q) sum_i |e_i|^2 + q |sum_i e_i|^2, without any inner
+        # product.
         num_sources = len(errors)
         table_KS = combinations(num_sources)
         both_SS = table_KS.T @ table_KS / len(table_KS)
@@ -100,34 +68,18 @@ def time_loss(
     eq. 9) of an estimate x of the reference y in the mixture m, with noise n = m - y and its
     estimate k = m - x: a cos(x, y) + (1 - a) cos(k, n), where a = |y|^2 / (|y|^2 + |n|^2).
 
-    All norms and inner products are quadratic forms of the Gram matrix of {estimates, references,
-    mixture}. It is computed in float64: k is a small difference of large signals when an estimate
-    nears the mixture, and in float32 the Gram matrix would have lost it.
-
-    Parameters
-    ----------
-    estimates_SBCT, references_SBCT : Tensor
-        Waveforms, float [source, batch, channel, sample].
-    mixture_BCT : Tensor
-        Waveform of the mixture, float [batch, channel, sample].
-    combine : bool
-        Over all combinations, or over the single sources.
-
-    Returns
-    -------
-    Tensor
-        float32 scalar in [0, 2]. Its gradient reaches the estimates and is finite everywhere.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
+    Waveforms are float [source, batch, channel, sample], without source for the mixture. The loss
+    is a float32 scalar in [0, 2]. Its gradient reaches the estimates and is finite everywhere.
     """
     _check_shapes(estimates_SBCT, references_SBCT)
     _check_shapes(estimates_SBCT[0], mixture_BCT)
     num_sources = len(estimates_SBCT)
     table_KS = combinations(num_sources) if combine else torch.eye(num_sources)
     with torch.autocast(estimates_SBCT.device.type, enabled=False):
+        # A combination's signal is a sum of source signals, so that all norms and inner products
+        # are quadratic forms of one Gram matrix of {estimates, references, mixture}. It is float64:
+        # k is a small difference of large signals when an estimate nears the mixture, and a Gram
+        # matrix in float32 would have lost it.
         fixed_BCGT = torch.cat([references_SBCT, mixture_BCT[None]]).double().movedim(0, 2)
         moving_BCST = estimates_SBCT.double().movedim(0, 2)
         crossed_BCSG = moving_BCST @ fixed_BCGT.mT
@@ -144,6 +96,7 @@ def time_loss(
 
 def _weighted_sdr(gram_BCGG: Tensor, table_KS: Tensor) -> Tensor:
     """Compute the weighted SDR of each combination from {estimates, references, mixture}."""
+    # The Gram matrix has S estimates, S references and the mixture, in this order.
     none_KS = torch.zeros_like(table_KS)
     none_K1, mixture_K1 = none_KS[:, :1], torch.ones_like(none_KS[:, :1])
     # Four signals for each combination, as coefficients of the signals of the Gram matrix.

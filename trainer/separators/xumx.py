@@ -103,43 +103,17 @@ class MultiDomainLoss(SeparationLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class XumxSeparation(Separation):
-    """The output of X-UMX: `Separation`, and the magnitudes that its loss compares.
-
-    Attributes
-    ----------
-    magnitudes_SNBCF : Tensor
-        Magnitudes of the sources, float32 [source, frame, batch, channel, bin], >= 0.
-    """
+    """The output of X-UMX, with the magnitudes that its loss compares: float32, >= 0."""
 
     magnitudes_SNBCF: Tensor
 
 
 class XUMX(Separator):
-    """CrossNet-Open-Unmix for any number of sources and channels.
+    """CrossNet-Open-Unmix for any number of channels and two sources or more.
 
-    Encoders and decoders of all sources are computed together: their parameters are stacked over
-    the sources, so that a layer is one product. `public_state` and `load_public_state` translate to
-    the names of the public PyTorch implementation and back.
-
-    The latent ``shared`` is the latent after bridge 2, the mean of ``sources`` over the sources.
-    ``sources`` is each source's own latent before bridge 2: the outputs of its encoder and of its
-    BLSTM, both in (-1, 1).
-
-    Parameters
-    ----------
-    config : XumxConfig
-        Size of the network.
-    layout : Layout
-        Sources (two or more), channels, sample rate and STFT of the data.
-    statistics : Statistics, optional
-        Mean and deviation of the mixtures' magnitudes, to standardise the input with.
-    condition_size : int
-        Number of features for each frame that are concatenated to the shared latent.
-
-    Raises
-    ------
-    DataError
-        If there are fewer than two sources, or the corpus is silent.
+    The latent ``sources`` holds, for each source, the outputs of its encoder and of its BLSTM, both
+    in (-1, 1). The latent ``shared`` is their mean over the sources, after bridge 2. Data of fewer
+    sources, or of a silent corpus, raise DataError.
     """
 
     Config = XumxConfig
@@ -177,6 +151,9 @@ class XUMX(Separator):
         self.max_bin = max_bin
         self.condition_size = condition_size
 
+        # Encoders and decoders of all sources are computed together: their parameters are stacked
+        # over the sources, so that a layer is one product. Each source's weights are drawn as those
+        # of a layer of its own.
         def stack(num_inputs: int, num_outputs: int) -> nn.Parameter:
             layers = [nn.Linear(num_inputs, num_outputs, bias=False) for _ in sources]
             return nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]))
@@ -184,6 +161,7 @@ class XUMX(Separator):
         def repeat(vector_F: Tensor) -> nn.Parameter:
             return nn.Parameter(vector_F.repeat(len(sources), 1))
 
+        # The statistics are only the start: mean and scale are trained like all parameters.
         self.input_mean_SF = repeat(torch.from_numpy(input_mean))
         self.input_scale_SF = repeat(torch.from_numpy(input_scale))
         self.encoder_SHX = stack(num_channels * max_bin, hidden_size)
@@ -217,13 +195,7 @@ class XUMX(Separator):
         return f"X-UMX for {', '.join(self.sources)}"
 
     def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> XumxSeparation:
-        """Separate a mixture, complex64 [frame, batch, channel, bin].
-
-        Raises
-        ------
-        ValueError
-            If a shape does not fit the separator.
-        """
+        """Separate a mixture, complex64 [frame, batch, channel, bin]; refuse other shapes."""
         self._check_input(mixture_NBCF, condition_NBE)
         magnitude_NBCF = mixture_NBCF.abs()
         encoded_NBSH = self._encode(magnitude_NBCF)
@@ -273,6 +245,7 @@ class XUMX(Separator):
                 outputs.append(lstm(bridged_NBH)[0])
         for output, stream in zip(outputs, self._streams, strict=True):
             current.wait_stream(stream)
+            # Memory used on two streams must not be reused before both are done with it.
             bridged_NBH.record_stream(stream)
             output.record_stream(current)
         return torch.stack(outputs)
@@ -295,9 +268,9 @@ class XUMX(Separator):
         return masks_NBSCF
 
     def public_state(self) -> dict[str, Tensor]:
-        """Return the state under the names of the public implementation, source by source.
+        """Return the state under the names of the public PyTorch implementation.
 
-        The tensors are views of the separator's own, but for the counts of batches.
+        The tensors are views of the separator's own, except for the counts of batches.
         """
         state: dict[str, Tensor] = {}
         num_sources = len(self.sources)
@@ -326,18 +299,11 @@ class XUMX(Separator):
         return state
 
     def load_public_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state of the public implementation, strictly by name.
+        """Load a state of the public implementation; ignore the windows of its transform.
 
-        Parameters
-        ----------
-        state : mapping of str to Tensor
-            Its parameters and buffers. The windows of its transform are passed over.
-
-        Raises
-        ------
-        ValueError
-            If a name is missing or unknown, or a shape differs.
+        A name that is missing or unknown, or another shape, raises ValueError.
         """
+        # Compare all names and shapes before the first copy: a wrong state changes nothing.
         found = {name: tuple(value.shape) for name, value in state.items()}
         for name in PUBLIC_WINDOWS:
             found.pop(name, None)
@@ -351,6 +317,7 @@ class XUMX(Separator):
                 )
         for name, value in self.public_state().items():
             value.copy_(state[name])
+        # The counts are no views. One count of ours stands for those of all sources, which agree.
         counted = state[f"layer_enc.{self.sources[0]}.enc.1.num_batches_tracked"]
         for norm in (self.encoder_norm, self.decoder_norm, self.output_norm):
             norm.num_batches_tracked.copy_(counted)
@@ -375,7 +342,7 @@ class XUMX(Separator):
 
 
 def take_phase(magnitudes_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
-    """Give magnitudes the phase of the mixture."""
+    """Give magnitudes the phase of the mixture; where the mixture is 0, the result is 0."""
     magnitude_NBCF = mixture_NBCF.abs()
     phase_NBCF = mixture_NBCF / magnitude_NBCF.clamp_min(torch.finfo(magnitude_NBCF.dtype).tiny)
     # Real times complex, left to torch, takes twice as long.
@@ -383,53 +350,18 @@ def take_phase(magnitudes_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
 
 
 def count_bins(n_fft: int, sample_rate_hz: int, bandwidth_hz: float = 16000.0) -> int:
-    """Count the bins from 0 Hz up to a bandwidth.
-
-    Parameters
-    ----------
-    n_fft : int
-        Length of the Fourier transform in samples.
-    sample_rate_hz : int
-        Sample rate in Hz.
-    bandwidth_hz : float
-        Highest frequency to keep, in Hz; X-UMX crops its input at 16 kHz.
-
-    Returns
-    -------
-    int
-        Number of bins, at most n_fft // 2 + 1.
-    """
+    """Count the bins from 0 Hz up to a bandwidth: at most n_fft // 2 + 1."""
     return min(int(bandwidth_hz * n_fft / sample_rate_hz), n_fft // 2) + 1
 
 
 def standardize_input(
     mean_F: ArrayLike, deviation_F: ArrayLike, max_bin: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Turn statistics of the mixture into what `XUMX` adds and multiplies.
-
-    Deviations are floored at 1e-4 of their maximum, as in Open-Unmix: bins that are always
-    silent stay finite.
-
-    Parameters
-    ----------
-    mean_F, deviation_F : array_like
-        Mean and standard deviation of the mixture's magnitude, float [bin].
-    max_bin : int
-        Number of bins that the encoders see.
-
-    Returns
-    -------
-    input_mean, input_scale : ndarray
-        float32 [max_bin].
-
-    Raises
-    ------
-    ValueError
-        If the deviations are all zero: the corpus is silent.
-    """
+    """Turn mean and deviation, float [bin], into XUMX's shift and scale, float32 [max_bin]."""
     mean = np.asarray(mean_F, np.float64)[:max_bin]
     deviation = np.asarray(deviation_F, np.float64)[:max_bin]
     if not deviation.max() > 0:
         raise DataError("the mixtures' standard deviation is 0 in every bin: the corpus is silent")
+    # The floor, as in Open-Unmix, keeps the scale of bins that are always silent finite.
     scale = 1 / np.maximum(deviation, 1e-4 * deviation.max())
     return (-mean).astype(np.float32), scale.astype(np.float32)

@@ -31,6 +31,7 @@ class WaitClock:
         """Measure the wait for a batch."""
         began = time.perf_counter()
         if self._events:
+            # The GPU passes this event when all work on the last batch is done.
             self._events[0].record()
         yield
         if self._events:
@@ -43,5 +44,6 @@ class WaitClock:
         The device must have received the batch; it has when its loss has been read back.
         """
         if self._events:
+            # elapsed_time is in milliseconds, and fails until the GPU has passed both events.
             self._waited = self._events[0].elapsed_time(self._events[1]) / 1000
         return time.perf_counter() - self._began, self._waited

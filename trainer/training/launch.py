@@ -27,6 +27,7 @@ from flsep.trainer.training.stopping import Stopped
 
 DEFAULT_RECIPE = "xumx"
 
+# Both decide only when a training ends, not what it does until then.
 _CAN_CHANGE = {"fit.epochs", "fit.patience"}
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -35,26 +36,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 class FitRequest:
     """What the user asks of ``flsep-train fit``.
 
-    Attributes
-    ----------
-    shards, run, mixes : Path
-        Folders of the shards, of the run and of rendered mixes, if any.
-    recipe : str or None
-        Name of the configuration to start from; None for the default, or that of a run to resume.
-    settings : tuple of str
-        Settings ``section.field=value``.
-    resume, overwrite : bool
-        Continue the run in the folder, or replace it.
-    seconds_between_saves : float
-        Longest time between two checkpoints within an epoch.
-    resident : {'device', 'host'} or None
-        Memory to load all data into.
-    num_workers : int
-        Number of threads that read.
-    device : str
-        ``auto``, or a name that torch knows.
-    verify : bool
-        Compare data with their digests as they are read.
+    `recipe` is None for the default, or for the configuration of the run to resume. `settings` have
+    the form ``section.field=value``. `resident` is the memory to load all data into, 'device' or
+    'host', or None.
     """
 
     shards: Path
@@ -72,13 +56,7 @@ class FitRequest:
 
 
 def launch(request: FitRequest) -> int:
-    """Train as one of the processes that share the work, and report how it goes.
-
-    Returns
-    -------
-    int
-        Exit status: 0, or 128 plus the number of the signal that stopped the training.
-    """
+    """Train as one of the processes that share the work, and return the exit status."""
     device = choose_device(request.device, local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)  # makes its streams and events the current ones
@@ -112,6 +90,7 @@ def launch(request: FitRequest) -> int:
         except Stopped as stopped:
             if rank.number == 0:
                 click.echo(_explain_stop(stopped, request), err=True)
+            # The status that shells give for a process that a signal has ended.
             return 128 + stopped.number
         position = training.position
         report(
@@ -133,6 +112,7 @@ def _build_training(
         config = resolve_config(request.recipe or DEFAULT_RECIPE, request.settings)
     else:
         if request.recipe is None:
+            # Settings change the run's own configuration, so that they need not be repeated.
             wanted = apply_settings(checkpoint.config, request.settings)
         else:
             wanted = resolve_config(request.recipe, request.settings)
@@ -154,20 +134,7 @@ def _build_training(
 
 
 def resume_config(stored: TrainConfig, wanted: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the configuration to resume a run with: its own, apart from what may change.
-
-    Parameters
-    ----------
-    stored, wanted : TrainConfig
-        Configuration of the run, and the one that is asked for now.
-    folder : Path
-        Folder of the run, for the message.
-
-    Raises
-    ------
-    RunError
-        If anything but the number of epochs and the patience differs.
-    """
+    """Return the wanted configuration; raise RunError if more differs than what may change."""
     for name, (old, new) in list_differences(stored, wanted).items():
         if name not in _CAN_CHANGE:
             raise RunError(
@@ -228,6 +195,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
+        # A name can be valid where its device cannot be used; only an allocation shows that.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -236,16 +204,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse freed blocks instead of returning them to the system.
+    """Let the C library, if it is glibc, reuse freed blocks instead of returning them.
 
-    A training step on the CPU frees and allocates the same large blocks again and again; by
-    default each comes as fresh pages that have to be cleared first. With this setting a step of the
-    demo was 2 to 4 times faster on two cores (docs/experiments.md). The process keeps its peak
-    memory. Nothing happens where the C library is not glibc.
+    A training step on the CPU frees and allocates the same large blocks again and again; by default
+    each comes as fresh pages that have to be cleared first. With this setting a step of the demo
+    was 2 to 4 times faster on two cores (docs/experiments.md). The process keeps its peak memory.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
+        # Blocks from mmap go back to the system when they are freed: use the heap for all of them,
+        # and never trim the heap.
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)

@@ -29,20 +29,12 @@ from flsep.trainer.training.stopping import Stopped, StopRequest
 
 
 class Progress(NamedTuple):
-    """The outcome of one batch.
-
-    Attributes
-    ----------
-    num_excerpts : int
-        Excerpts in the batch, over all processes.
-    loss : float
-        Total loss.
-    is_step : bool
-        Whether the weights were updated; a checkpoint can be saved only then.
-    """
+    """The outcome of one batch, over all processes."""
 
     num_excerpts: int
     loss: float
+    # Whether the weights were updated. Gradients are not saved, so that a checkpoint is possible
+    # only then.
     is_step: bool
 
 
@@ -55,18 +47,9 @@ def fit(
 ) -> None:
     """Train until all epochs are done or the validation loss stops improving.
 
-    All processes of a training call it; the first one writes and reports.
-
-    Parameters
-    ----------
-    training : Training
-        A new or restored training.
-    run : Run
-        A prepared run folder.
-    report : callable
-        Takes each line of progress, where no terminal shows a bar.
-    seconds_between_saves : float
-        Write ``last.safetensors`` within an epoch, too, when the last one is this old.
+    All processes of a training call it; the first one writes into the prepared run folder and
+    reports. Within an epoch, ``last.safetensors`` is written, too, when it is older than
+    `seconds_between_saves`.
 
     Raises
     ------
@@ -74,10 +57,8 @@ def fit(
         After a signal to any of the processes; ``last.safetensors`` is written.
     NonFiniteLossError
         If a loss or gradient is not finite; the last checkpoint is kept.
-    CacheError
-        If shards are damaged.
-    CheckpointError, OSError
-        If the run folder cannot be written.
+    CacheError, CheckpointError, OSError
+        If shards are damaged, or the run folder cannot be written.
     """
     stop, device = StopRequest(), training.device
     is_first = training.rank.number == 0
@@ -86,6 +67,7 @@ def fit(
 
     def save_last() -> None:
         nonlocal saved
+        # All processes take part: the checkpoint holds the random state of each.
         checkpoint = training.checkpoint(resumable=True)
         if is_first:
             save_checkpoint(run.last, checkpoint)
@@ -93,6 +75,7 @@ def fit(
 
     def stop_here() -> Stopped:
         save_last()
+        # The signal may have reached another process only.
         return Stopped(stop.number or signal.SIGTERM, describe_position(training))
 
     with (
@@ -107,6 +90,7 @@ def fit(
     ):
         pace = Pace(training, report if bar.disable else lambda line: None)
         while training.finished is None:
+            # Closing ends the threads that read, whatever leaves the loop.
             with closing(train_epoch(training)) as epoch:
                 for progress in epoch:
                     show_batch(bar, training, progress.loss, progress.num_excerpts)
@@ -126,6 +110,8 @@ def fit(
                 if is_best:
                     save_checkpoint(run.best, training.checkpoint(resumable=False))
                 log.add(training.metrics)
+            # If a crash comes before this, the epoch is trained again, and its best weights and its
+            # metrics are written again.
             save_last()
             pace.report()
     report(training.finished)
@@ -148,6 +134,8 @@ def train_epoch(training: Training) -> Generator[Progress, None, None]:
             if is_step:
                 position.gradient_norms += values.pop("gradient_norm")
                 position.num_steps += 1
+            # The position moves on before the yield: a checkpoint saved there begins with the next
+            # batch.
             position.batch += 1
             position.num_excerpts += batch.num_in_all
             _add(position.sums, values, batch.num_in_all)
@@ -155,6 +143,7 @@ def train_epoch(training: Training) -> Generator[Progress, None, None]:
             position.seconds += seconds
             position.waited_seconds += waited_seconds
             yield Progress(batch.num_in_all, values["total"], is_step)
+            # After the yield, since saving a checkpoint is no time of training.
             clock.start()
 
 
@@ -168,27 +157,11 @@ def find_step(training: Training, batch: int) -> range:
 def train_batch(
     training: Training, batch: Batch, names: list[str] | None = None
 ) -> dict[str, float]:
-    """Train on the next batch; the last batch of a step updates the weights.
+    """Train on the batch at the training's position; the last batch of a step updates the weights.
 
-    Parameters
-    ----------
-    training : Training
-        Its position says which batch this is.
-    batch : Batch
-        This process's part of the batch.
-    names : list of str, optional
-        Names of the excerpts of this step so far, for the message if a loss is not finite; those
-        of the batch if not given.
-
-    Returns
-    -------
-    dict of str to float
-        Every term of the loss, over all processes, and the ``gradient_norm`` of a step.
-
-    Raises
-    ------
-    NonFiniteLossError
-        Before a loss or a gradient that is not finite would spoil the weights.
+    `batch` is this process's part; `names` are the excerpts of the step so far, for the message of
+    NonFiniteLossError, which comes before the weights are spoilt. Return every term of the loss,
+    over all processes, and the ``gradient_norm`` of a step.
     """
     training.model.train()
     position, optimizer, model = training.position, training.optimizer, training.parallel_model
@@ -216,6 +189,7 @@ def train_batch(
         regularizer = terms["total"] - terms["separation"]
         (share_of_step * (separation + regularizer)).backward()
 
+    # One tensor for all terms makes one exchange between processes and one wait.
     values = torch.stack([term.detach().float() for term in terms.values()])
     values = sum_over_ranks(values * share_of_batch)
     if is_last:
@@ -233,6 +207,7 @@ def _refuse_non_finite(
     training: Training, values: dict[str, float], batch: Batch, names: list[str]
 ) -> NoReturn:
     position = training.position
+    # All processes have seen the same sums and come here together.
     of_ranks = gather_objects((names, find_bad_data(batch)))
     all_names, bad_names = ([name for part in of_ranks for name in part[k]] for k in (0, 1))
     terms = {name: value for name, value in values.items() if name != "gradient_norm"}
@@ -277,17 +252,10 @@ def _validate_batch(training: Training, model: nn.Module, batch: Batch) -> dict[
 
 
 def finish_epoch(training: Training, losses: dict[str, float]) -> bool:
-    """Record the metrics of an epoch and move on to the next; return whether it was the best.
+    """Record the metrics of an epoch and its validation `losses`; return whether it was the best.
 
     The schedule, the early stop and the choice of the best follow the separation loss without the
     regularizer, so that all approaches are judged alike.
-
-    Parameters
-    ----------
-    training : Training
-        A training at the end of an epoch.
-    losses : dict of str to float
-        Losses that `validate` returned.
     """
     position, optimizer = training.position, training.optimizer
     loss = losses["separation"]
@@ -303,6 +271,7 @@ def finish_epoch(training: Training, losses: dict[str, float]) -> bool:
         "excerpts_per_second": round(position.num_excerpts / position.seconds, 3),
         "data_wait_share": round(position.waited_seconds / position.seconds, 4),
     }
+    # The metrics above give the learning rate of the finished epoch; this changes the next.
     optimizer.schedule.step(loss)
     training.position = Position(
         epoch=position.epoch + 1,

@@ -19,20 +19,6 @@ class Objective:
     The network computes in the precision of ``compute.precision``, everything around it (STFT, Gram
     matrices, the regularizers' similarities, the statistics of batch norm) in float32 or better.
     Creating an objective sets the precision of float32 products for the whole process.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Sections `loss` and `compute`.
-    device : torch.device
-        Where to compute.
-    hop_samples : int
-        Hop of the STFT.
-
-    Raises
-    ------
-    ConfigError
-        If the device does not have the precision.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, hop_samples: int) -> None:
@@ -45,24 +31,15 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Separate a batch and return every term of the loss as a scalar.
 
-        Parameters
-        ----------
-        model : Module
-            An `InformedSeparator`, or one in `DistributedDataParallel`.
-        batch : Batch
-            A batch from `load_batches`.
-
-        Returns
-        -------
-        dict of str to Tensor
-            The unweighted terms of the ``separation`` loss; the terms of the approach, its
-            ``regularizer`` unweighted; ``total`` = ``separation`` + weight * ``regularizer``, which
-            is minimised.
+        These are the unweighted terms of the ``separation`` loss; the terms of the approach, its
+        ``regularizer`` unweighted; and ``total`` = ``separation`` + weight * ``regularizer``, which
+        is minimised. `model` is an `InformedSeparator`, or one in `DistributedDataParallel`.
         """
         informed = model if isinstance(model, InformedSeparator) else model.module
         assert isinstance(informed, InformedSeparator)
         example = assemble(batch, self._device, self._hop_samples)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            # Call the wrapper, not what it holds: it prepares the exchange of gradients.
             separation = model(example.mixture_NBCF, example.windows)
         terms = self._separation_loss(
             separation,
@@ -79,13 +56,7 @@ class Objective:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Set the precision of float32 products on GPUs for the whole process.
-
-    Raises
-    ------
-    ConfigError
-        If the device does not have the precision.
-    """
+    """Set the precision of float32 products on GPUs; ConfigError if the device does not have it."""
     if precision == "tf32" and device.type != "cuda":
         raise ConfigError(
             f"compute.precision is 'tf32': {device} has no TF32; use float32, or a GPU"
@@ -102,15 +73,7 @@ def set_precision(precision: str, device: torch.device) -> None:
 
 
 def explain_non_finite(values: Mapping[str, float], names: list[str], bad: list[str]) -> str:
-    """Return the message for a loss or gradient that is not finite.
-
-    Parameters
-    ----------
-    values : mapping of str to float
-        Terms of the loss.
-    names, bad : list of str
-        Names of all excerpts, and of those whose data hold NaN or infinity.
-    """
+    """Explain a non-finite loss or gradient; `bad` names excerpts whose data are not finite."""
     terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
     wrong = "gradient" if all(map(math.isfinite, values.values())) else "loss"
     what = "the data of these excerpts hold NaN or infinity" if bad else "the excerpts were"

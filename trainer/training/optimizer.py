@@ -16,17 +16,7 @@ from flsep.trainer.runs.checkpoint import load_weights, pack_optimizer, take, un
 class Optimizer:
     """Update the weights of a model, and keep their moving average if there is one.
 
-    Parameters
-    ----------
-    model : InformedSeparator
-        Model on its device.
-    config : OptimConfig
-        Section `optim` of the configuration.
-
-    Attributes
-    ----------
-    best_model : InformedSeparator
-        Model to validate and to keep: the moving average, or the model itself.
+    `best_model` is the model to validate and to keep: the moving average, or the model itself.
     """
 
     def __init__(self, model: InformedSeparator, config: OptimConfig) -> None:
@@ -46,6 +36,7 @@ class Optimizer:
         self._average: AveragedModel | None = None
         self.best_model = model
         if config.ema_decay > 0:
+            # The buffers are averaged, too: the statistics of batch norm belong to the weights.
             self._average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
             )
@@ -75,6 +66,7 @@ class Optimizer:
     def step(self, gradient_norm: Tensor) -> None:
         """Clip the gradients if that is configured, and update the weights."""
         if self._clip_norm > 0:
+            # The norm has been computed to check it; clipping need not compute it again.
             clip_grads_with_norm_(self._model.parameters(), self._clip_norm, gradient_norm)
         self.adam.step()
         if self._average is not None:
@@ -96,5 +88,7 @@ class Optimizer:
         unpack_optimizer(self.adam, values["optimizer"], tensors)
         self.schedule.load_state_dict(values["schedule"])
         if self._average is not None:
+            # With a count of 0 the next update would copy the weights instead of averaging them.
             self._average.n_averaged.copy_(tensors["average.count"])
+            # `best_model` is the module of the average, so that this restores the average itself.
             load_weights(self.best_model, take(tensors, "average.model."), where)

@@ -56,6 +56,7 @@ def describe_position(training: Training) -> str:
 
 def show_batch(bar: Any, training: Training, loss: float, num_excerpts: int) -> None:
     """Advance the bar by a batch and show its loss."""
+    # refresh=False leaves redrawing to `update`, which limits how often it happens.
     bar.set_description(f"epoch {training.position.epoch + 1}", refresh=False)
     best_loss = training.position.best_loss
     best = {} if best_loss is None else {"best": f"{best_loss:.3f}"}
@@ -66,12 +67,7 @@ def show_batch(bar: Any, training: Training, loss: float, num_excerpts: int) -> 
 class MetricsLog:
     """Write the metrics of each epoch to ``metrics.jsonl`` and to TensorBoard.
 
-    Parameters
-    ----------
-    run : Run
-        The run folder.
-    num_epochs : int
-        Number of finished epochs; entries of later ones, written before a crash, are removed.
+    Entries after `num_epochs`, written before a crash, are removed.
     """
 
     def __init__(self, run: Run, num_epochs: int) -> None:
@@ -102,10 +98,12 @@ class Pace:
     def report(self) -> None:
         """Report the last epoch, its losses and the time left."""
         now, metrics = time.monotonic(), self._training.metrics
+        # The last epoch is reported however soon it follows.
         if now - self._written < _SECONDS_BETWEEN_LINES and self._training.finished is None:
             return
         self._written = now
         done, epochs = metrics["epoch"] + 1, self._training.config.fit.epochs
+        # The pace is that of this process: epochs before a resume may have run elsewhere.
         left = (now - self._began) / (done - self._first_epoch) * (epochs - done)
         train, valid = metrics["train"], metrics["valid"]
         regularizer = ""
@@ -121,6 +119,7 @@ class Pace:
 
 
 def _flatten(metrics: dict[str, Any]) -> dict[str, float]:
+    # TensorBoard groups scalars by the part of their name before the slash.
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):

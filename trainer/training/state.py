@@ -25,34 +25,18 @@ from flsep.trainer.training.optimizer import Optimizer
 
 @dataclass(slots=True)
 class Position:
-    """How far a training has come; together with the seed it decides everything that follows.
+    """How far a training has come; together with the seed it decides everything that follows."""
 
-    Attributes
-    ----------
-    epoch, batch : int
-        Next batch to train on.
-    num_excerpts : int
-        Excerpts of this epoch that were trained on.
-    sums : dict
-        Sum of each term of the loss over these excerpts.
-    best_loss : float or None
-        Lowest validation loss.
-    best_epoch : int
-        Epoch of the lowest validation loss.
-    gradient_norms : float
-        Sum of the gradient norms over the steps of this epoch.
-    num_steps : int
-        Number of steps in this epoch.
-    seconds, waited_seconds : float
-        Time that training took in this epoch, and how much of it the device waited for data.
-    """
-
+    # The next batch to train on.
     epoch: int = 0
     batch: int = 0
+    # The excerpts of this epoch so far, and the sum of each term of the loss over them.
     num_excerpts: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
     best_epoch: int = -1
+    # The sum of gradient norms and the steps in this epoch, its time, and how much of that time the
+    # device waited for data.
     gradient_norms: float = 0.0
     num_steps: int = 0
     seconds: float = 0.0
@@ -64,20 +48,11 @@ class Training:
 
     Parameters
     ----------
-    config : TrainConfig
-        What to train, and how.
     shards : Shards
         Shards with the splits ``train`` and ``valid``.
-    device : torch.device
-        Where to compute.
-    num_workers : int
-        Number of threads that read.
-    rank : Rank
-        Which of the processes that train together this is (`flsep.trainer.parallel.joined`).
     resident : {'device', 'host'} or None
-        Load all data into the memory of the device or of the host first.
-    report : callable, optional
-        Called with the bytes loaded so far, and all there are.
+        Memory to load all data into first; `report` is called with the bytes loaded so far, and all
+        there are.
     mixes : Mixes, optional
         Mixes for rendered mixing.
 
@@ -125,6 +100,7 @@ class Training:
             self.model.separator.compile_layers()
         self.parallel_model: nn.Module = self.model
         if rank.world_size > 1:
+            # All processes have drawn the same weights; from here on each draws its own dropout.
             self._seed_rank(0)
             self.parallel_model = DistributedDataParallel(
                 self.model,
@@ -146,6 +122,7 @@ class Training:
         position, limits = self.position, self.config.fit
         if position.epoch >= limits.epochs:
             return f"all {limits.epochs} epochs are done"
+        # `epoch` is the next one; the last finished one is the epoch before.
         since = position.epoch - 1 - position.best_epoch
         if position.best_loss is not None and since >= limits.patience:
             return f"no better validation loss for {since} epochs"
@@ -156,6 +133,7 @@ class Training:
 
         With `resumable` all processes have to call it; the checkpoint is the same in all.
         """
+        # A resumable checkpoint has the average of the weights in the optimizer's state.
         weights = self.model if resumable else self.optimizer.best_model
         tensors = {f"model.{name}": value for name, value in weights.state_dict().items()}
         training = None
@@ -182,13 +160,7 @@ class Training:
         )
 
     def restore(self, checkpoint: Checkpoint, where: str) -> None:
-        """Continue from a checkpoint; `where` names its file in messages.
-
-        Raises
-        ------
-        CheckpointError
-            If the checkpoint belongs to other data, or cannot be resumed from.
-        """
+        """Continue from a checkpoint; `where` names its file when CheckpointError refuses it."""
         require_same_data(checkpoint, self.layout, where)
         if checkpoint.fingerprint != self.fingerprint:
             raise CheckpointError(

@@ -10,15 +10,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """A signal has asked the training to stop, and its state is saved.
-
-    Attributes
-    ----------
-    number : Signals
-        The signal.
-    place : str
-        How far the training has come.
-    """
+    """Signal `number` has stopped the training at `place`, where its state is saved."""
 
     def __init__(self, number: signal.Signals, place: str) -> None:
         super().__init__(place)
@@ -43,6 +35,7 @@ class StopRequest:
     @contextmanager
     def catching(self) -> Iterator[None]:
         """Catch the signals inside a block."""
+        # Python lets only the main thread set handlers.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -54,6 +47,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        # With a second Ctrl-C the user gives up the step, and what it would save.
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = signal.Signals(number)
