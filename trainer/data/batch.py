@@ -81,7 +81,7 @@ class Batch:
         num_channels, num_bins = self.frames.shape[1:3]
         device = self.frames.device
         channel_C = torch.arange(num_channels, device=device)
-        # A swap reverses the order in which the channels are gathered, so that it costs no copy.
+        # A swap reverses the order in which the channels are gathered, so that it needs no copy.
         channel_GBC = torch.where(self.swaps[..., None], channel_C.flip(0), channel_C)
         frame_GNB = self.starts[:, None] + torch.arange(self.num_frames, device=device)[:, None]
         # A row is one channel of one frame.

@@ -74,7 +74,7 @@ class Reader:
         batch.swaps.copy_(torch.tensor(swaps).T)
         num_frames = self.grid.num_frames
         end = num_signals * len(draws) * num_frames
-        # Signals of excerpts lie one after another; `fill` moves these starts if preloaded.
+        # Signals lie one after another; `fill` overwrites these starts if frames are preloaded.
         torch.arange(0, end, num_frames, out=batch.starts.view(-1))
         if (windows := batch.windows) is not None:
             # Windows beyond the end of a track stay as they are here.
