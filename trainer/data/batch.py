@@ -24,21 +24,12 @@ WINDOW_FIELDS = tuple(field.name for field in dataclasses.fields(TeacherWindows)
 class Batch:
     """Excerpts as they lie in the shards; `assemble` makes an `Example` of them.
 
-    Attributes
-    ----------
-    buffer : Buffer
-        The tensors that the properties return, but for preloaded frames.
-    preloaded_frames : Tensor or None
-        The frames of `PreloadedShards`, if excerpts are gathered from there.
-    num_frames : int
-        Number of frames of an excerpt.
-    names : tuple of str
-        Track and time of each excerpt, for messages.
-    num_in_all : int
-        Number of excerpts in the batches of all ranks together.
+    `names` are the track and time of each excerpt, for messages. `num_in_all` is the number of
+    excerpts in the batches of all ranks together.
     """
 
     buffer: Buffer
+    # If not None, excerpts are gathered from here, and the buffer has no frames.
     preloaded_frames: Tensor | None
     num_frames: int
     names: tuple[str, ...]
@@ -90,8 +81,10 @@ class Batch:
         num_channels, num_bins = self.frames.shape[1:3]
         device = self.frames.device
         channel_C = torch.arange(num_channels, device=device)
+        # A swap reverses the order in which the channels are gathered, so that it needs no copy.
         channel_GBC = torch.where(self.swaps[..., None], channel_C.flip(0), channel_C)
         frame_GNB = self.starts[:, None] + torch.arange(self.num_frames, device=device)[:, None]
+        # A row is one channel of one frame.
         row_GNBC = frame_GNB[..., None] * num_channels + channel_GBC[:, None]
         # Real and imaginary part move as one number.
         whole = torch.int32 if self.frames.itemsize == 2 else torch.int64
@@ -101,21 +94,7 @@ class Batch:
 
 
 class Example(NamedTuple):
-    """A mixed batch on the device: what a separator is trained with.
-
-    Attributes
-    ----------
-    mixture_NBCF : Tensor
-        Spectrum of the mixture, complex64.
-    mixture_BCT : Tensor
-        Waveform of the mixture, float32.
-    references_SNBCF : Tensor
-        Spectra of the sources, complex64.
-    references_SBCT : Tensor
-        Waveforms of the sources, float32.
-    windows : TeacherWindows or None
-        The teacher's windows.
-    """
+    """A mixed batch on the device: spectra are complex64, waveforms float32."""
 
     mixture_NBCF: Tensor
     mixture_BCT: Tensor
@@ -127,10 +106,11 @@ class Example(NamedTuple):
 def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
     """Bring a batch to the device, apply gains, mix, and transform back to waveforms.
 
-    Waveforms have ``(num_frames - 1) * hop_samples`` samples. A batch that is on the device
-    already is not copied.
+    Waveforms have ``(num_frames - 1) * hop_samples`` samples.
     """
+    # A batch that is on the device already is not copied.
     batch = batch.to(device)
+    # Shards may store float16, which is too coarse to mix and transform.
     spectra_GNBCF = torch.view_as_complex(batch.stft.float())
     if batch.gains is None:
         # The tracks' own mixture, which need not be the sum of the stems.
@@ -138,6 +118,7 @@ def assemble(batch: Batch, device: torch.device, hop_samples: int) -> Example:
         mixture_NBCF, sources_SNBCF = spectra_GNBCF[0], spectra_GNBCF[1:]
         mixture_BCT, sources_SBCT = waveforms_GBCT[0], waveforms_GBCT[1:]
     else:
+        # The transform is linear: gains and sums of spectra are those of the waveforms.
         sources_SNBCF = spectra_GNBCF * batch.gains[:, None, :, None, None]
         sources_SBCT = synthesise(sources_SNBCF, hop_samples)
         mixture_NBCF, mixture_BCT = sources_SNBCF.sum(0), sources_SBCT.sum(0)

@@ -29,20 +29,7 @@ class Span(NamedTuple):
 
 
 class Buffer:
-    """A block of memory and the tensors that are views of it.
-
-    Parameters
-    ----------
-    memory : Tensor
-        uint8 [byte].
-    layout : mapping of str to Span
-        Name and place of each tensor.
-
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        The views by name.
-    """
+    """A block of memory, uint8 [byte], and views of it by name in `tensors`."""
 
     def __init__(self, memory: Tensor, layout: Mapping[str, Span]) -> None:
         self.memory, self.layout = memory, layout
@@ -55,14 +42,13 @@ class Buffer:
 
     @classmethod
     def allocate(cls, shapes: Shapes, *, pin: bool) -> Buffer:
-        """Allocate uninitialised tensors, in page-locked memory if `pin`.
-
-        torch keeps page-locked blocks and uses each again after the copies from it are done.
-        """
+        """Allocate uninitialised tensors, in page-locked memory if `pin`."""
         layout, end = {}, 0
         for name, (dtype, shape) in shapes.items():
             layout[name] = span = Span(dtype, shape, end)
+            # The next tensor starts at a multiple of the alignment, which suits every dtype.
             end += -(-span.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        # torch keeps page-locked blocks and uses each again after the copies from it are done.
         return cls(torch.empty(end, dtype=torch.uint8, pin_memory=pin), layout)
 
     def to(self, device: torch.device) -> Buffer:

@@ -39,27 +39,16 @@ def draw_excerpts(
 ) -> Excerpts:
     """Return the training excerpts under the mixing of the configuration.
 
-    Parameters
-    ----------
-    tracks : sequence of TrackRecord
-        Tracks of the training split that can hold an excerpt.
-    seed : int
-        Seed of the excerpts, unless they are rendered.
-    rendered : RenderedMixes, optional
-        Rendered mixes of these tracks.
-
-    Raises
-    ------
-    DataError
-        If rendered mixes are missing, not wanted, or made with other settings.
-    CacheError
-        If files of rendered mixes are missing or truncated.
+    `tracks` must all be long enough for an excerpt. Raises DataError if rendered mixes are
+    missing, not wanted, or made with other settings, and CacheError if their files are missing or
+    truncated.
     """
     if config.mixing == "rendered":
         if rendered is None:
             raise DataError(
                 "--mixing rendered needs --mixes FOLDER, which flsep-precompute mixes has written"
             )
+        # The mixes hold their own draws: the seed of the training does not change them.
         _check_rendered(rendered, config)
         return rendered
     if rendered is not None:
@@ -91,6 +80,7 @@ def _check_rendered(rendered: RenderedMixes, config: DataConfig) -> None:
             f"{mixes.folder}: mixes of the split {mixes.config.split!r}; expected 'train': render "
             "others"
         )
+    # These settings would have no effect on mixes that are rendered already.
     gains = ("min_gain", "max_gain", "swap_probability")
     for name in ("excerpt_seconds", "excerpts_per_track", *gains):
         wanted, found = getattr(config, name), getattr(mixes.config, name)
@@ -107,8 +97,6 @@ class OriginalExcerpts:
 
     The channels of an excerpt may be swapped. There is no gain: the teacher's embedding belongs to
     the unchanged mixture.
-
-    `tracks` are those that can hold an excerpt.
     """
 
     def __init__(
@@ -133,12 +121,14 @@ class OriginalExcerpts:
         """Draw one excerpt."""
         # 1 + index: with index 0 the entropy would be that of the epoch's shuffle.
         rng = np.random.default_rng((self._seed, epoch, 1 + index))
+        # Excerpts are numbered track by track; the shuffle puts the numbers in random order.
         track, starts = self._tracks[self._shuffle(epoch)[index] // self._excerpts_per_track]
         place = (track, starts[rng.integers(len(starts))])
         return Draw((place,), (bool(rng.random() < self._swap_probability),), None)
 
     def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the order of an epoch's excerpts; that of the last epoch asked for is kept."""
+        """Return the order of an epoch's excerpts."""
+        # The last order is kept: each draw of the epoch needs it.
         if self._order is None or self._order[0] != epoch:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self))
             self._order = epoch, order
@@ -164,6 +154,7 @@ class ConsecutiveExcerpts:
             # At least one window on, even if windows are longer than excerpts.
             path.append(min(max(path[-1] + 1, following), longest))
         self._path = np.array(path, np.int64)
+        # Number of excerpts in each track and all tracks before it.
         self._ends = np.cumsum(np.searchsorted(self._path, self._last) + 1)
 
     def __len__(self) -> int:
@@ -181,10 +172,7 @@ class ConsecutiveExcerpts:
 
 
 class BatchesOfRank:
-    """Excerpts of the whole batches that one rank validates on; the ranks take turns.
-
-    `excerpts` are those of all ranks.
-    """
+    """The excerpts of the whole batches that one rank validates on; the ranks take turns."""
 
     def __init__(self, excerpts: Excerpts, batch_size: int, rank: Rank) -> None:
         self._excerpts, self._batch_size, self._rank = excerpts, batch_size, rank

@@ -29,9 +29,10 @@ class _Transfer:
             return moved, self._stream.record_event()
 
     def finish(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
-        """Make the consumer's stream wait for the copy, and the allocator for that stream."""
+        """Make the consumer's stream wait for the copy."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
+        # The allocator must not give the memory to another copy while this stream reads it.
         batch.buffer.memory.record_stream(stream)
         return batch
 
@@ -47,31 +48,15 @@ def load_batches(
     rank: Rank = Rank(),  # noqa: B008 - immutable
     device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
-    """Read the batches of an epoch in order, a few ahead of their use.
+    """Read the batches of an epoch in order, from number `first` on, a few ahead of their use.
+
+    `rank` reads its share of each batch of `excerpts`; a batch with an empty share is left out.
+    With 0 workers, a batch is read when it is asked for; the batches are the same.
 
     On a GPU, `next` makes the current stream wait for the copy of the batch, which mostly has
     finished long before. CUDA events recorded on that stream before and after `next` tell how long
-    the device waited, for the copy or for the excerpts themselves.
-
-    Parameters
-    ----------
-    excerpts : Excerpts
-        The excerpts of all ranks.
-    batch_size : int
-        Excerpts in a batch; the last batch of an epoch may have fewer (see `smallest_batch`).
-    num_workers : int
-        Threads that read ahead; 0 reads a batch when it is asked for. The batches are the same.
-    first : int
-        Number of the first batch to read.
-    rank : Rank
-        The rank whose share of each batch to read; a batch with an empty share is left out.
-    device : torch.device, optional
-        Device that the batches go to; they stay in main memory if not given.
-
-    Raises
-    ------
-    CacheError
-        If a shard is damaged, when the batch is due.
+    the device waited, for the copy or for the excerpts themselves. A damaged shard raises
+    CacheError when its batch is due.
     """
     transfer = _Transfer(device) if device is not None and device.type == "cuda" else None
 
@@ -87,6 +72,7 @@ def load_batches(
         batch: Batch, filling: list[Future[None]]
     ) -> tuple[Batch, torch.cuda.Event | None]:
         for excerpt in filling:
+            # This also raises what went wrong in the thread that read the excerpt.
             excerpt.result()
         return (batch, None) if transfer is None else transfer.start(batch)
 
@@ -110,10 +96,12 @@ def load_batches(
             ]
             ahead.append(completer.submit(complete, batch, filling))
             del batch, filling  # only the future keeps the batch alive
+            # The number of batches ahead bounds the memory of the buffers.
             if len(ahead) > _BATCHES_AHEAD:
                 yield hand_over(*ahead.popleft().result())
         while ahead:
             yield hand_over(*ahead.popleft().result())
     finally:
+        # The consumer may stop early: leave the excerpts that no thread has begun.
         readers.shutdown(cancel_futures=True)
         completer.shutdown(cancel_futures=True)

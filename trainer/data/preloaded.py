@@ -24,11 +24,9 @@ _BLOCK_BYTES = 32 << 20
 def wanted_signals(
     layout: Layout, mixing: str, train: Sequence[TrackRecord], valid: Sequence[TrackRecord]
 ) -> list[tuple[TrackRecord, range]]:
-    """Return the tracks and signals that a training reads.
-
-    Mixing needs only the sources of the training tracks.
-    """
+    """Return the tracks and signals that a training reads."""
     num_signals = len(layout.signals)
+    # A mixture of mixed sources is computed: only the sources of the training tracks are read.
     trained = range(num_signals) if mixing == "original" else range(1, num_signals)
     return [(track, trained) for track in train] + [(track, range(num_signals)) for track in valid]
 
@@ -36,18 +34,12 @@ def wanted_signals(
 class PreloadedShards:
     """Spectra, embeddings and levels of some tracks in memory; stands for `Shards` in `Reader`.
 
-    The spectra keep their stored dtype. If they are where training computes, excerpts are gathered
-    from there; from host memory to a GPU, excerpts go through a buffer, as from shards. Embeddings
-    and levels, which are small, are always in host memory.
+    The spectra keep their stored dtype and lie on `device`. If training computes there, excerpts
+    are gathered from there; from host memory to a GPU, excerpts go through a buffer, as from
+    shards. Embeddings and levels, which are small, are always in host memory.
 
     Parameters
     ----------
-    wanted : iterable of (TrackRecord, range)
-        Tracks and their signals to load; see `wanted_signals`.
-    device : torch.device
-        Device to load the spectra to.
-    teacher_signal : {'mixture', 'stems'} or None
-        Signal whose embeddings to load.
     report : callable, optional
         Called with the number of bytes loaded so far, and of all.
     reserve_bytes : int, optional
@@ -59,15 +51,11 @@ class PreloadedShards:
     ----------
     frames : Tensor
         float16 or float32 [frame, channel, bin, 2]: the loaded signals, one after another.
-    num_bytes : int
-        Size of everything that is loaded.
 
     Raises
     ------
     DataError
         If the data do not fit; nothing has been loaded then.
-    CacheError
-        If a shard is missing or damaged.
     """
 
     def __init__(
@@ -92,6 +80,7 @@ class PreloadedShards:
             self._first_frames[track.shard, track.position, signal] = num_frames
             num_frames += track.num_frames
         self.num_bytes = sum(self._count_bytes(*pair) for pair in pairs)
+        # Refuse before anything is allocated.
         require_room(self.num_bytes, device, reserve_bytes, num_processes)
         self.frames = torch.empty(
             (num_frames, self.layout.num_channels, self.layout.num_bins, 2),
@@ -108,11 +97,12 @@ class PreloadedShards:
                 if report is not None:
                     report(done, self.num_bytes)
         finally:
+            # Threads that are loading stop at their next block.
             self._stopping.set()
             pool.shutdown(cancel_futures=True)
 
     def _is_taught(self, signal: int) -> bool:
-        """Whether the training needs the embeddings of a signal."""
+        """Whether the training needs the embeddings of a signal; signal 0 is the mixture."""
         return self._teacher_signal is not None and (
             (self._teacher_signal == "mixture") == (signal == 0)
         )
@@ -122,6 +112,7 @@ class PreloadedShards:
         frame_bytes = (
             layout.num_channels * layout.num_bins * 2 * np.dtype(layout.stft_dtype).itemsize
         )
+        # An embedding and a level, both float32, for each window.
         window_bytes = (layout.embedding_size + 1) * 4 if self._is_taught(signal) else 0
         return track.num_frames * frame_bytes + track.num_windows * window_bytes
 
@@ -157,7 +148,7 @@ class PreloadedShards:
     def read(self, track: TrackRecord, name: str, signal: int) -> npt.NDArray[Any]:
         """Return one signal of a dataset of a track, as `Shards.read` does.
 
-        `name` is ``stft``, if the spectra are in host memory, ``embedding`` or ``activity``.
+        ``stft`` can be read only if the spectra are in host memory.
         """
         if name != "stft":
             return self._small[track.shard, track.position, name, signal]
@@ -175,6 +166,7 @@ def require_room(
         reserve = DEVICE_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
         remedy = "use --resident host, or none"
     else:
+        # All processes load at the same time, so that each may count on its part alone.
         free, place = free_host_bytes() // num_processes, "host memory"
         if num_processes > 1:
             place += f" for each of {num_processes} processes"

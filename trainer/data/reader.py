@@ -2,10 +2,8 @@
 
 The excerpts are slices of memory maps, which threads copy into one buffer a batch. A copy does not
 hold Python's lock, so that threads read as fast as processes would, without two more copies
-through shared memory. Each signal of an excerpt is one contiguous copy. The buffer is page-locked
-if it goes on to a GPU, and moves there in one transfer on a stream of its own while the device
-computes with the batch before. The spectra keep their stored dtype and order until `assemble`
-gathers and mixes them on the device.
+through shared memory. The spectra keep their stored dtype and order until `assemble` gathers and
+mixes them on the device.
 """
 
 from __future__ import annotations
@@ -27,20 +25,8 @@ from flsep.trainer.teacher import Standard, TeacherWindows, held_windows
 class Reader:
     """Read excerpts, from any number of threads.
 
-    Parameters
-    ----------
-    teacher_signal : {'mixture', 'stems'} or None
-        Signal whose embeddings are read; None for no embeddings.
-
-    Attributes
-    ----------
-    standard : Standard or None
-        Standardises the embeddings.
-
-    Raises
-    ------
-    DataError
-        If embeddings are wanted and the shards have no statistics of them.
+    `teacher_signal` is the signal whose embeddings are read, 'mixture' or 'stems', or None for no
+    embeddings. Raises DataError if the shards have no statistics to standardise them with.
     """
 
     def __init__(
@@ -88,6 +74,7 @@ class Reader:
         batch.swaps.copy_(torch.tensor(swaps).T)
         num_frames = self.grid.num_frames
         end = num_signals * len(draws) * num_frames
+        # Signals lie one after another; `fill` overwrites these starts if frames are preloaded.
         torch.arange(0, end, num_frames, out=batch.starts.view(-1))
         if (windows := batch.windows) is not None:
             # Windows beyond the end of a track stay as they are here.
@@ -113,6 +100,7 @@ class Reader:
         if is_mixed:
             shapes["gains"] = (torch.float32, (num_signals, num_excerpts))
         if self.teacher_signal is not None:
+            # Each stem has windows of its own, the mixture one set for each excerpt.
             lead = (len(layout.sources),) if self.teacher_signal == "stems" else ()
             windows = (*lead, num_excerpts, self.grid.num_windows)
             shapes |= {
@@ -140,6 +128,7 @@ class Reader:
         starts = batch.starts.numpy()
         for row in range(len(starts)):
             signal = row if draw.gains is None else 1 + row  # 0 is the mixture
+            # An excerpt of one place takes all of its signals from there.
             track, window = draw.places[row if len(draw.places) > 1 else 0]
             start = self.layout.window_frames(window)[0]
             if batch.preloaded_frames is not None:
@@ -204,11 +193,8 @@ class Reader:
         embedding: npt.NDArray[np.float32],
         activity_db: npt.NDArray[np.float32],
     ) -> None:
-        """Fill in what the teacher heard in an excerpt that starts at window `first`.
-
-        `embedding` [window, dim] and `activity_db` [window] may have fewer windows than the
-        excerpt.
-        """
+        """Fill in what the teacher heard in an excerpt that starts at window `first`."""
+        # `embedding` [window, dim] and `activity_db` [window] end where the track ends.
         count = len(embedding)
         assert self.standard is not None
         windows.embeddings.numpy()[entry][:count] = self.standard(embedding)
@@ -223,6 +209,7 @@ class Reader:
     def _find_preloaded(self, pin: bool) -> PreloadedShards | None:
         """Return the preloaded shards if they are where training computes."""
         shards = self._shards
+        # A batch is page-locked exactly if training computes on a GPU.
         if isinstance(shards, PreloadedShards) and shards.frames.is_cuda == pin:
             return shards
         return None

@@ -24,29 +24,9 @@ from flsep.trainer.parallel import Rank, count_local_ranks
 class Splits:
     """The excerpts that a training and its validation read.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Section `data`, and the seed.
-    shards : Shards
-        Shards with the splits ``train`` and ``valid``.
-    teacher_signal : {'mixture', 'stems'} or None
-        Signal whose embeddings the batches hold.
-    compares_windows : bool
-        Whether an excerpt is of no use unless it holds a whole teacher window.
-    device, num_workers, rank, resident, report, mixes
-        See `flsep.trainer.training.state.Training`.
-
-    Attributes
-    ----------
-    grid : Grid
-        Length of the excerpts, and the teacher's windows in them.
-    train_tracks, valid_tracks, short_tracks : list of TrackRecord
-        Tracks that are used, and tracks that are too short for an excerpt.
-    train_excerpts, valid_excerpts : Excerpts
-        Excerpts of an epoch, in all processes.
-    reader : Reader
-        Reader of the excerpts.
+    `compares_windows` says that an excerpt is of no use unless it holds a whole teacher window.
+    `short_tracks` are too short for an excerpt. `device`, `num_workers`, `rank`, `resident`,
+    `report` and `mixes` are those of `flsep.trainer.training.state.Training`.
 
     Raises
     ------
@@ -92,6 +72,7 @@ class Splits:
             mixes.of(shards) if mixes else None,
         )
         self.valid_excerpts = ConsecutiveExcerpts(grid, self.valid_tracks)
+        # This fails within moments; loading the shards below can take minutes.
         self._check_parts()
         source: Shards | PreloadedShards = shards
         if resident is not None:
@@ -109,6 +90,7 @@ class Splits:
         self.reader = Reader(source, grid, teacher_signal)
 
     def _check_parts(self) -> None:
+        # Each process needs an excerpt of every batch: a training step waits for all processes.
         smallest = smallest_batch(len(self.train_excerpts), self._batch_size)
         if smallest < self._rank.world_size:
             raise DataError(
@@ -132,7 +114,9 @@ class Splits:
         return self._load(self.train_excerpts, epoch, first, self._rank)
 
     def valid_batches(self) -> Generator[Batch, None, None]:
-        """Read the validation batches of this process, whole ones: no step makes others wait."""
+        """Read the validation batches of this process."""
+        # Ranks validate on whole batches, so that none waits for another within a step.
+        # What `own` holds belongs to this rank alone: the loader must not share it out again.
         own = BatchesOfRank(self.valid_excerpts, self._batch_size, self._rank)
         return self._load(own, 0, 0, Rank())
 

@@ -34,14 +34,7 @@ def read_blocks(
 ) -> Iterator[NDArray[np.float32]]:
     """Decode the first audio stream of a file with FFmpeg's libraries, resampled by swresample.
 
-    Parameters
-    ----------
-    path : Path
-        File in any format that FFmpeg reads.
-    sample_rate_hz : int
-        Sample rate of the blocks.
-    num_channels : int
-        Channels of the blocks; mono is duplicated, other files must have as many.
+    Mono is duplicated to `num_channels`; other files must have as many channels.
 
     Yields
     ------
@@ -71,6 +64,7 @@ def read_blocks(
                     "or mono; mix it down first"
                 )
             declared_seconds = _declared_seconds(container, stream)
+            # A declared length of 0 is an unknown one, and sets no limit.
             most_samples = round(declared_seconds * sample_rate_hz) or sys.maxsize
             resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)  # planar float32
             form: tuple[Any, ...] | None = None
@@ -90,9 +84,11 @@ def read_blocks(
                     # Codecs with frames of a fixed size decode beyond the end.
                     block = block[:, : most_samples - num_samples]
                     num_samples += block.shape[1]
+                    # A view, which duplicates mono without a copy.
                     yield np.broadcast_to(block, (num_channels, block.shape[1]))
     except av.FFmpegError as error:
         raise AudioError(f"{path}: cannot be decoded ({error.strerror}); damaged?") from error
+    # FFmpeg may decode a truncated file without an error.
     seconds = num_samples / sample_rate_hz
     if seconds < declared_seconds - _TOLERATED_SECONDS:
         raise AudioError(
@@ -140,21 +136,8 @@ def _remove_if_empty(folder: Path) -> None:
 class WavWriters:
     """Write one wav file a source, block by block; the files appear when all are complete.
 
-    The samples are 32-bit floats, since an estimate may exceed full scale and must not clip.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the files, made if needed and removed if it stays empty.
-    names : sequence of str
-        Names of the sources; the files are ``<name>.wav``.
-    sample_rate_hz, num_channels : int
-        Sample rate and number of channels of the audio.
-
-    Raises
-    ------
-    AudioError
-        If the files cannot be written.
+    The files are ``<name>.wav`` in `folder`, which is made if needed and removed if it stays empty.
+    Raises AudioError if they cannot be written.
     """
 
     def __init__(
@@ -171,6 +154,7 @@ class WavWriters:
                 stack.callback(_remove_if_empty, folder)
                 paths = [stack.enter_context(replacing(folder / f"{name}.wav")) for name in names]
                 # The stack closes all files before it gives the first one its name.
+                # An estimate may exceed full scale and must not clip: 32-bit float.
                 self._files: list[Any] = [
                     stack.enter_context(
                         soundfile.SoundFile(
@@ -179,6 +163,7 @@ class WavWriters:
                     )
                     for path in paths
                 ]
+                # From here on, `__exit__` completes or undoes all of this.
                 self._stack = stack.pop_all()
         except (OSError, soundfile.LibsndfileError) as error:
             raise AudioError(f"cannot write into {folder} ({error})") from error

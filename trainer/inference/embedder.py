@@ -24,17 +24,9 @@ Embed = Callable[[Path], NDArray[np.float32]]
 def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | None:
     """Return a function that embeds a file if the model needs it, else None.
 
-    Parameters
-    ----------
-    separator : TrackSeparator
-        The model.
-    teacher : str or None
-        Handle of the teacher; None for the handle that the shards were made with.
-
-    Raises
-    ------
-    InferenceError
-        If the pipeline is not installed, the teacher is another one, or the model needs none.
+    `teacher` is a handle; None stands for the handle that the shards were made with. Raises
+    InferenceError if the pipeline is not installed, the teacher is another one, or one is given
+    and the model needs none.
     """
     layout = separator.layout
     if not separator.needs_teacher:
@@ -45,6 +37,7 @@ def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | Non
         return None
     try:
         pipeline = importlib.import_module("flsep.pipeline.teachers.loading")
+        # The pipeline is a part of flsep and imports without its extra, which brings this package.
         importlib.metadata.version("tensorflow-hub")
     except ImportError as error:
         raise InferenceError(
@@ -52,6 +45,7 @@ def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | Non
             f"and {error.name} is not installed: run `pip install flsep[pipeline]`"
         ) from error
     loaded = pipeline.load_teacher(teacher or layout.teacher)
+    # Another teacher's embeddings may have the same shape, but mean something else.
     if loaded.info.digest != layout.teacher_digest:
         raise InferenceError(
             f"the teacher {loaded.info.handle} has the digest {loaded.info.digest[:12]}..., the "
@@ -77,19 +71,9 @@ def embed_blocks(
 ) -> NDArray[np.float32]:
     """Embed the mono downmix of a waveform that comes in blocks, a few windows at a time.
 
-    Parameters
-    ----------
-    teacher : callable
-        Maps float32 [sample] to float32 [window, dim].
-    blocks : iterable of ndarray
-        Waveform at the teacher's rate, float32 [channel, sample].
-    window_samples, hop_samples : int
-        Window and hop of the teacher.
-
-    Returns
-    -------
-    ndarray
-        Embedding of every window that lies inside the waveform, float32 [window, dim].
+    `teacher` maps float32 [sample] to float32 [window, dim]; `blocks` are float32 [channel, sample]
+    at its rate. Returns the embedding of every window that lies inside the waveform, float32
+    [window, dim].
     """
     # So many samples hold the first windows; the next ones begin `step` samples later.
     step = _WINDOWS_AT_A_TIME * hop_samples
@@ -101,6 +85,7 @@ def embed_blocks(
         while len(buffer) >= enough:
             embeddings.append(teacher(buffer[:enough]))
             buffer = buffer[step:]
+    # The buffer starts at the first window that is not embedded yet.
     if len(buffer) >= window_samples:
         embeddings.append(teacher(buffer))
     return np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32)

@@ -30,18 +30,9 @@ _WIENER_FRAMES = 300
 class TrackSeparator:
     """A trained model that separates waveforms.
 
-    Parameters
-    ----------
-    path : Path
-        Checkpoint of the model.
-    device : torch.device
-        Where to compute.
-    wiener : bool
-        Refine the estimates by one EM iteration of the multichannel Wiener filter (norbert).
-    chunk_seconds : float
-        Length of a chunk. Neighbours overlap by `OVERLAP_SECONDS`. The first and the last second of
-        a chunk are not used, since the network lacks context there; in between, neighbours are
-        cross-faded.
+    Neighbouring chunks overlap by `OVERLAP_SECONDS`. The first and the last second of a chunk are
+    not used, since the network lacks context there; in between, neighbours are cross-faded.
+    `wiener` refines the estimates by `filter_wiener`.
 
     Raises
     ------
@@ -64,8 +55,10 @@ class TrackSeparator:
         self._model = load_model(checkpoint, str(path)).to(device)
         self._device = device
         self._wiener = wiener
+        # A missing norbert shows now, not after the first chunk.
         if wiener:
             _import_norbert()
+        # In a shorter chunk, the overlaps at both ends would run into each other.
         if not (2 * OVERLAP_SECONDS <= chunk_seconds < math.inf):
             raise InferenceError(
                 f"chunks of {chunk_seconds:g} s: expected at least {2 * OVERLAP_SECONDS:g} s"
@@ -87,25 +80,16 @@ class TrackSeparator:
         blocks: Iterable[NDArray[np.float32]],
         embeddings: NDArray[np.float32] | None = None,
     ) -> Iterator[NDArray[np.float32]]:
-        """Separate a waveform that comes in blocks.
+        """Separate a waveform that comes in blocks of any lengths.
 
-        Parameters
-        ----------
-        blocks : iterable of ndarray
-            Waveform at the model's rate, float32 [channel, sample] of any lengths.
-        embeddings : ndarray, optional
-            The teacher's embedding of each window of the whole waveform, float32 [window, dim], for
-            a model that `needs_teacher`.
+        `blocks`, float32 [channel, sample], have the model's rate. `embeddings`, float32
+        [window, dim], are the teacher's for all windows of the waveform; a model that
+        `needs_teacher` raises InferenceError if there are none.
 
         Yields
         ------
         ndarray
             Estimates, float32 [source, channel, sample]; together as long as the waveform.
-
-        Raises
-        ------
-        InferenceError
-            If the model needs embeddings and there are none.
         """
         if self.needs_teacher and (embeddings is None or not len(embeddings)):
             raise InferenceError(
@@ -125,6 +109,7 @@ class TrackSeparator:
             if is_last:
                 yield estimates_SCT
                 return
+            # The overlap waits for the next chunk, of which it is the beginning.
             yield estimates_SCT[..., :step]
             tail = estimates_SCT[..., step:] * (1 - fade)
             start += step
@@ -139,6 +124,7 @@ class TrackSeparator:
         for block in blocks:
             pending.append(block)
             num_pending += block.shape[1]
+            # Join blocks only when a chunk is due: they may be far shorter than a chunk.
             while buffer.shape[1] + num_pending > self._chunk + step // 2:
                 buffer = np.concatenate([buffer, *pending], axis=1)
                 pending, num_pending = [], 0
@@ -175,6 +161,7 @@ class TrackSeparator:
         frames = np.arange(first_frame, first_frame + num_frames)
         held = held_windows(self.layout, frames, len(embeddings))
         shape = (1, len(embeddings))
+        # Separating uses only `embeddings` and `held`: the rest is there for the shape.
         windows = TeacherWindows(
             embeddings=torch.from_numpy(self._standard(embeddings))[None],
             activity_db=torch.zeros(shape),
@@ -188,27 +175,17 @@ class TrackSeparator:
 def filter_wiener(estimates_SNBCF: Tensor, mixture_NBCF: Tensor) -> Tensor:
     """Refine estimates by one EM iteration of the multichannel Wiener filter.
 
-    Liutkus and Stoeter, "sigsep/norbert", 2019; in blocks of frames, as open-unmix does, to bound
-    the memory. The filter starts from the magnitudes of the estimates and the mixture's phase.
-
-    Parameters
-    ----------
-    estimates_SNBCF : Tensor
-        Spectra, complex64 [source, frame, batch, channel, bin].
-    mixture_NBCF : Tensor
-        Spectrum of the mixture, complex64 [frame, batch, channel, bin].
-
-    Returns
-    -------
-    Tensor
-        Spectra of the sources, complex64 [source, frame, batch, channel, bin].
+    Liutkus and Stoeter, "sigsep/norbert", 2019. The filter starts from the magnitudes of the
+    estimates and the mixture's phase. All spectra are complex64.
     """
     norbert = _import_norbert()
     estimates, mixture = estimates_SNBCF.abs().cpu().numpy(), mixture_NBCF.cpu().numpy()
     spectra = np.empty(estimates.shape, np.complex64)
+    # In blocks of frames, as open-unmix does, to bound the memory.
     for start in range(0, len(mixture), _WIENER_FRAMES):
         frames = slice(start, start + _WIENER_FRAMES)
         for item in range(mixture.shape[1]):
+            # norbert wants frames first and sources last; it gets double precision.
             magnitudes_NFCS = estimates[:, frames, item].transpose(1, 3, 2, 0).astype(np.float64)
             mixture_NFC = mixture[frames, item].transpose(0, 2, 1).astype(np.complex128)
             filtered_NFCS = norbert.wiener(magnitudes_NFCS, mixture_NFC, iterations=1)
@@ -228,10 +205,7 @@ def _import_norbert() -> Any:
 def list_audio(path: Path) -> list[Path]:
     """Return an audio file, or all those in a folder.
 
-    Raises
-    ------
-    InferenceError
-        If there is no audio file, or two would be written into one folder.
+    Raises InferenceError if there is no audio file, or two would be written into one folder.
     """
     if not path.exists():
         raise InferenceError(f"{path}: no such file or folder")
@@ -240,6 +214,7 @@ def list_audio(path: Path) -> list[Path]:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise InferenceError(f"{path}: holds no audio file ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    # The estimates of a file go to a folder with the file's name, less its suffix.
     names = [file.stem for file in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InferenceError(
@@ -252,16 +227,14 @@ def list_audio(path: Path) -> list[Path]:
 def choose_targets(sources: Sequence[str], targets: str | None) -> tuple[str, ...]:
     """Return the sources named in a comma-separated list; all without a list.
 
-    Raises
-    ------
-    InferenceError
-        If the model does not have a source.
+    Raises InferenceError if the model does not have a source.
     """
     chosen = tuple(sources) if targets is None else tuple(targets.replace(" ", "").split(","))
     if unknown := [name for name in chosen if name not in sources]:
         raise InferenceError(
             f"--targets: the model has no source {unknown[0]!r}; it has {', '.join(sources)}"
         )
+    # A source that is named twice is written once.
     return tuple(dict.fromkeys(chosen))
 
 
@@ -273,29 +246,11 @@ def separate_file(
     targets: Sequence[str],
     embeddings: NDArray[np.float32] | None,
 ) -> float:
-    """Separate a file into ``folder/<source>.wav``; nothing appears there unless all succeeds.
+    """Separate a file into ``folder/<source>.wav`` and return its length in seconds.
 
-    Parameters
-    ----------
-    separator : TrackSeparator
-        The model.
-    path, folder : Path
-        Audio file to read, and folder to write to.
-    targets : sequence of str
-        Sources to write.
-    embeddings : ndarray or None
-        The teacher's embeddings of the file, float32 [window, dim], for a model that
-        `needs_teacher`.
-
-    Returns
-    -------
-    float
-        Length of the audio in seconds.
-
-    Raises
-    ------
-    AudioError, InferenceError
-        If the file cannot be read or separated, or the folder cannot be written.
+    Nothing appears in the folder unless all succeeds. `embeddings` are those of the teacher for
+    this file, as for `TrackSeparator.separate`. Raises AudioError or InferenceError if the file
+    cannot be read or separated, or the folder cannot be written.
     """
     layout = separator.layout
     rate_hz, num_channels = layout.sample_rate_hz, layout.num_channels

@@ -2,11 +2,8 @@
 
 Weights, configuration and training state cannot get mixed up, since they are one file that is
 written atomically. Nothing is unpickled. ``best.safetensors`` holds weights; ``last.safetensors``
-also holds what resuming needs: the state of the optimizer, of the moving average and of the random
-generators as tensors, the schedule and the position as JSON.
-
-Tensors are named ``model.<name>``, ``optimizer.<parameter>.<name>``, ``average.model.<name>`` and
-``random.<device>.<rank>``.
+also holds what resuming needs. Tensors are named ``model.<name>``,
+``optimizer.<parameter>.<name>``, ``average.model.<name>`` and ``random.<device>.<rank>``.
 """
 
 import json
@@ -41,37 +38,19 @@ _FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The content of a checkpoint.
-
-    Attributes
-    ----------
-    config : TrainConfig
-        Configuration of the training.
-    layout : Layout
-        Layout of the training data: sources, rate, STFT, teacher.
-    standard : Standard or None
-        Statistics that the teacher's embeddings are standardised with.
-    fingerprint : str
-        Fingerprint of the shards' configuration.
-    epoch : int
-        Number of completed epochs.
-    metrics : dict
-        Metrics of the last completed epoch, as in ``metrics.jsonl``.
-    packages : dict
-        Versions of the packages that wrote the checkpoint.
-    training : dict or None
-        JSON values that resuming needs.
-    tensors : mapping of str to Tensor
-        Weights and state, on the CPU when loaded.
-    """
+    """The content of a checkpoint."""
 
     config: TrainConfig
     layout: Layout
+    # Statistics that the teacher's embeddings are standardised with.
     standard: Standard | None
+    # Identifies the configuration of the shards.
     fingerprint: str
+    # Number of completed epochs, and the last one's metrics as in ``metrics.jsonl``.
     epoch: int
     metrics: dict[str, Any]
     packages: dict[str, str]
+    # JSON values that resuming needs, or None.
     training: dict[str, Any] | None
     tensors: Mapping[str, Tensor]
 
@@ -79,10 +58,7 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint so that the file is either the old one or the new one, complete.
 
-    Raises
-    ------
-    CheckpointError
-        If it cannot be written.
+    Raises CheckpointError if it cannot be written.
     """
     standard = checkpoint.standard
     header = {
@@ -99,6 +75,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "packages": checkpoint.packages,
         "training": checkpoint.training,
     }
+    # safetensors refuses tensors that are not contiguous.
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()
     }
@@ -112,13 +89,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, it is damaged, or a newer flsep wrote it.
-    """
+    """Read a checkpoint; raises CheckpointError if it is missing, damaged or of another version."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; train one with flsep-train fit")
     try:
@@ -163,19 +134,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, where: str) -> InformedSeparator:
-    """Build the model that a checkpoint describes and load its weights, on the CPU, for evaluation.
+    """Build the model that a checkpoint describes, with its weights, on the CPU, for evaluation.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        From `load_checkpoint`.
-    where : str
-        The file's name, for messages.
-
-    Raises
-    ------
-    CheckpointError
-        If the weights are not those of such a model.
+    `where` names the file in messages. Raises CheckpointError if the weights are not those of such
+    a model.
     """
     model = build_model(checkpoint.config, checkpoint.layout)
     load_weights(model, take(checkpoint.tensors, "model."), where)
@@ -222,6 +184,7 @@ def unpack_optimizer(
     """Give an optimizer the state that `pack_optimizer` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in take(tensors, "optimizer.").items():
+        # torch identifies the parameters of an optimizer by number.
         number, name = key.split(".")
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -230,14 +193,10 @@ def unpack_optimizer(
 def require_same_data(checkpoint: Checkpoint, layout: Layout, where: str) -> None:
     """Refuse data that a checkpoint's model cannot take.
 
-    Sources, rate, channels and STFT must agree, and the teacher if it is needed to separate.
-
-    Raises
-    ------
-    CheckpointError
-        With the first thing that differs.
+    Raises CheckpointError with the first thing that differs.
     """
     names = ["sources", "sample_rate_hz", "num_channels", "n_fft", "hop_samples"]
+    # A teacher that only training needs may be another one.
     if find_needs(checkpoint.config.approach).teacher_to_separate:
         names += ["teacher_digest", "embedding_size", "window_seconds", "window_hop_seconds"]
     for name in names:

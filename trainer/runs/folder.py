@@ -39,17 +39,9 @@ class Run:
         self.evaluation = folder / "evaluation"
 
     def prepare(self, *, overwrite: bool) -> None:
-        """Make the folder for a new run.
+        """Make the folder for a new run; `overwrite` removes the files of an earlier one.
 
-        Parameters
-        ----------
-        overwrite : bool
-            Remove the files of an earlier run (and no other files).
-
-        Raises
-        ------
-        RunError
-            If the folder is not empty and `overwrite` is false, or cannot be written into.
+        Raises RunError if the folder cannot be written into, or is not empty without `overwrite`.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,9 +64,11 @@ class Run:
 
     def require_writable(self) -> None:
         """Raise RunError unless the folder is writable; remove temporary files of killed runs."""
+        # Permission bits do not tell of a file system that is read-only, so write a file.
         probe = self.folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
         try:
             probe.touch()
+            # This removes the probe as well, which has the name of a temporary file.
             remove_leftovers(self.folder)
         except OSError as error:
             raise self._unusable(error) from error
@@ -112,12 +106,7 @@ class Run:
 class EventLog:
     """Writes TensorBoard scalars without ``torch.utils.tensorboard``, which loads TensorFlow.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of the new event file.
-    first_step : int
-        TensorBoard discards this step and later ones of earlier files in the folder.
+    TensorBoard discards `first_step` and later steps of earlier files in the folder.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -50,12 +50,8 @@ class Engine(ABC):
     def prepare(self) -> None:  # noqa: B027 - most engines need nothing
         """Make the engine usable in this process and in the processes that it starts.
 
-        Called before each track; a second call in a process must change nothing.
-
-        Raises
-        ------
-        ScoringError
-            If something that the engine needs is missing on this machine.
+        Called before each track; a second call in a process must change nothing. Raises
+        ScoringError if something that the engine needs is missing on this machine.
         """
 
     @abstractmethod
@@ -74,14 +70,8 @@ class Engine(ABC):
     ) -> dict[str, Any]:
         """Score one track; called after `prepare`.
 
-        Parameters
-        ----------
-        references, estimates : ndarray
-            float32 [source, sample, channel], full scale 1, of one shape.
-        sources : sequence of str
-            Names of the sources, in the order of the arrays.
-        name : str
-            Name of the track, for messages.
+        `references` and `estimates` are float32 [source, sample, channel], full scale 1, of one
+        shape. Raises ScoringError if they cannot be scored.
 
         Returns
         -------
@@ -90,9 +80,4 @@ class Engine(ABC):
             each source in the given order, and for each frame ``time`` and ``duration`` in
             seconds and ``metrics``, in dB, NaN where a metric is undefined: SDR, SIR, ISR and
             SAR, which ``flsep-train compare`` needs.
-
-        Raises
-        ------
-        ScoringError
-            If the arrays cannot be scored.
         """

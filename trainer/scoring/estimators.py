@@ -21,8 +21,7 @@ from flsep.trainer.scoring.engine import Audio
 class Estimator(ABC):
     """Estimates the sources of a track of the shards; picklable, to go where tracks are scored.
 
-    `kind` is its name in ``evaluation.json``, `wiener` whether a Wiener filter refines the
-    estimates.
+    `kind` is its name in ``evaluation.json``.
     """
 
     kind: ClassVar[str]
@@ -76,17 +75,14 @@ class TrainedModel(Estimator):
         torch.set_num_threads(1)  # each core scores a track of its own
         separator = TrackSeparator(self.checkpoint, device=torch.device("cpu"), wiener=self.wiener)
         embeddings = shards.read(track, "embedding", 0) if separator.needs_teacher else None
+        # The whole track is one block; the separator cuts it into chunks.
         blocks = list(separator.separate([mixture.T], embeddings))
         return np.concatenate(blocks, axis=2).transpose(0, 2, 1)
 
 
 @dataclass(frozen=True)
 class MixtureEstimator(Estimator):
-    """The mixture as the estimate of every source: the floor of a comparison.
-
-    The mixture is not divided by the number of sources. (BSS Eval v4 does not ignore gain, and the
-    oracle scripts of SiSEC 2018 do divide it, which scores higher.)
-    """
+    """The mixture, at full level, as the estimate of every source: the floor of a comparison."""
 
     kind = "floor"
 
@@ -98,6 +94,8 @@ class MixtureEstimator(Estimator):
         references: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Return the mixture for every source, a read-only view."""
+        # Not divided by the number of sources: BSS Eval v4 does not ignore gain, and the oracle
+        # scripts of SiSEC 2018, which do divide it, score higher.
         return np.broadcast_to(mixture, references.shape)
 
 
@@ -132,6 +130,7 @@ class LoadTrack:
     def __call__(self) -> Audio:
         """Return references and estimates, float32 [source, sample, channel]."""
         shards = self.shards
+        # Signal 0 is the mixture, the others are the sources.
         mixture, *sources = (
             shards.read_audio(self.track, signal).T for signal in range(len(shards.layout.signals))
         )
@@ -149,31 +148,14 @@ def apply_ideal_ratio_mask(
     """Separate a mixture with the ideal ratio mask of its true sources.
 
     The mask of source s is ``|S_s|^2 / sum_j |S_j|^2`` on each channel's STFT (IRM2 of SiSEC 2018,
-    power 2), times the mixture's STFT; periodic Hann, centred, reflect-padded, as in the shards.
+    power 2: Stoeter, Liutkus, Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018),
+    times the mixture's STFT; periodic Hann, centred, reflect-padded, as in the shards.
 
-    Parameters
-    ----------
-    references : ndarray
-        True sources, float32 [source, sample, channel].
-    mixture : ndarray
-        float32 [sample, channel]; need not be the sum of the sources.
-    n_fft, hop_samples : int
-        Window and hop of the STFT, in samples.
-
-    Returns
-    -------
-    ndarray
-        float32 [source, sample, channel].
-
-    Raises
-    ------
-    ScoringError
-        If the track is too short to be reflect-padded.
-
-    References
-    ----------
-    Stoeter, Liutkus, Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018.
+    `references` and the estimates are float32 [source, sample, channel]; `mixture`, float32
+    [sample, channel], need not be the sum of the sources. Raises ScoringError if the track is too
+    short to be reflect-padded.
     """
+    # Imported here: torch takes seconds to load, and the mixture as an estimate does not need it.
     import torch
 
     if references.ndim != 3 or references.shape[1:] != mixture.shape:
@@ -196,6 +178,7 @@ def apply_ideal_ratio_mask(
     estimates = np.empty(references.shape, dtype=np.float32)
     for channel in range(num_channels):  # one at a time: a spectrogram takes 4 times its audio
         powers = [transform(signal).abs().square() for signal in references[..., channel]]
+        # Where all sources are silent, the mask is 0, not NaN.
         total = torch.stack(powers).sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
         mixture_stft = transform(mixture[:, channel])
         for source, power in enumerate(powers):

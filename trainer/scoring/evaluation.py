@@ -30,10 +30,8 @@ _SEPARATION_BYTES = 1 << 30
 def describe_run(checkpoint: Path, layout: Layout) -> dict[str, Any]:
     """Return what ``evaluation.json`` says of a run.
 
-    Raises
-    ------
-    CheckpointError
-        If the checkpoint is unusable, or was trained on data of another kind than `layout`.
+    Raises CheckpointError if the checkpoint is unusable, or was trained on data of another kind
+    than `layout`.
     """
     from flsep.trainer.runs.checkpoint import load_checkpoint, require_same_data
 
@@ -60,32 +58,13 @@ def evaluate(
 ) -> tuple[list[Path], list[FailedTrack]]:
     """Score every track of a split, except those whose stored scores are current.
 
-    Parameters
-    ----------
-    num_workers : int or None
-        Number of processes; None starts as many as cores and memory allow.
-    description : dict
-        Further entries of ``evaluation.json``, about the estimator.
-    engine : str
-        Name of the scoring engine.
+    Returns the files of scores, one a track, and the tracks that could not be scored. Without
+    `num_workers`, as many processes are started as cores and memory allow. `description` holds
+    further entries of ``evaluation.json``, about the estimator.
 
-    Returns
-    -------
-    done : list of Path
-        The scores, a file a track.
-    failed : list of FailedTrack
-        Tracks that could not be scored.
-
-    Raises
-    ------
-    EvaluationError
-        If the split has no track.
-    CacheError
-        If shards of the split are missing or damaged, or hold no audio.
-    ConfigError
-        If there is no such engine.
-    ScoringError
-        If the engine cannot work here, or the folder cannot be written.
+    Raises EvaluationError if the split has no track, CacheError if its shards are missing or
+    damaged or hold no audio, ConfigError if there is no such engine, and ScoringError if the
+    engine cannot work here or the folder cannot be written.
     """
     tracks = shards.tracks(split)
     if not tracks:
@@ -98,6 +77,7 @@ def evaluate(
             name=track.name,
             sources=layout.sources,
             sample_rate_hz=layout.sample_rate_hz,
+            # Scores are current while neither the estimator nor the track has changed.
             fingerprint=fingerprint([identity, track.digest]),
             load=LoadTrack(estimator, shards, track),
         )
@@ -149,7 +129,8 @@ def _identify_audio(shards: Shards, tracks: Sequence[TrackRecord]) -> str:
 
 
 def _choose_num_workers(engine: Engine, layout: Layout, tracks: Sequence[TrackRecord]) -> int:
-    """Return how many processes fit the cores and, with the longest track each, the memory."""
+    """Return how many processes fit the cores and the memory."""
+    # Any process may get the longest track.
     longest = max(track.num_samples for track in tracks)
     peak_bytes = _SEPARATION_BYTES + engine.predict_peak_bytes(
         len(layout.sources), layout.num_channels, longest
@@ -172,10 +153,10 @@ class Evaluated:
 
 
 def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Evaluated:
-    """Read what ``evaluation.json`` says.
+    """Read what ``evaluation.json`` says; raises EvaluationError if there is no such evaluation.
 
     `folder` is a run folder, or the folder given to ``--floor`` or ``--oracle``; `kind` the kind of
-    estimator that is expected there. Raises EvaluationError if there is no such evaluation.
+    estimator that is expected there.
     """
     place = Run(folder).evaluation if kind == "run" else folder
     path = place / "evaluation.json"
@@ -194,6 +175,7 @@ def read_evaluation(folder: Path, *, kind: str, name: str | None = None) -> Eval
         raise EvaluationError(f"{path}: holds scores of the {summary['kind']}, expected the {kind}")
     if kind == "run":
         summary["config"] = upgrade_config(summary["config"])
+    # Older summaries name no engine: the default takes its place.
     return Evaluated(str(folder), name, place, {"engine": DEFAULT_ENGINE, **summary})
 
 

