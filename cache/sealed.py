@@ -25,7 +25,8 @@ def read_sealed(path: Path, *, format_name: str, version: int, command: str) -> 
         raise MissingDataError(f"{path.parent}: no such folder; expected the output of {command}")
     if not path.is_file():
         raise MissingDataError(
-            f"{path}: no index; {command} writes it last, run it again to finish"
+            f"{path}: no index; if {command} was stopped, run it again to finish, as it writes the "
+            "index last; otherwise give the folder that it wrote"
         )
     remedy = f"run {command} again to renew it"
     try:

@@ -31,7 +31,7 @@ from flsep.cache.format import (
 )
 from flsep.cache.hdf5 import is_hard_link, open_hdf5
 
-_REMEDY = "delete it and run flsep-precompute again"
+_REMEDY = "if it is a shard, delete it and run flsep-precompute again"
 _HASH_BLOCK_BYTES = 1 << 24
 
 

@@ -87,10 +87,11 @@ class ToySeparator(Separator):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoudnessConfig(ApproachConfig):
-    """Condition on the first dimension of the embedding, and pull the latent to it."""
+    """Condition on the mean of some dimensions of the embedding, and pull the latent to it."""
 
     name: Literal["loudness"] = field(default="loudness", init=False)
     weight: float = 0.5
+    dimensions: tuple[int, ...] = (0,)
 
 
 class Loudness(Approach):
@@ -103,16 +104,19 @@ class Loudness(Approach):
         super().__init__(config, sizes)
         assert isinstance(config, LoudnessConfig)
         self.weight = config.weight
+        self.dimensions = config.dimensions
 
     @classmethod
     def needs(cls, config: ApproachConfig) -> Needs:
         return Needs(teacher_signal="mixture", teacher_to_separate=True, latent="shared")
 
-    def condition(self, windows: TeacherWindows, num_frames: int) -> Tensor:
-        return windows.embeddings[..., 0].gather(1, windows.held).T[..., None]
+    def condition(self, windows: TeacherWindows | None, num_frames: int) -> Tensor:
+        assert windows is not None
+        means = windows.embeddings[..., list(self.dimensions)].mean(-1)
+        return means.gather(1, windows.held).T[..., None]
 
     def regularizer(
-        self, latents: Mapping[str, Tensor], windows: TeacherWindows
+        self, latents: Mapping[str, Tensor], windows: TeacherWindows | None
     ) -> dict[str, Tensor]:
         loudness_NB = self.condition(windows, 0)[..., 0]
         return {"regularizer": (latents["shared"][..., 0] - loudness_NB).square().mean()}

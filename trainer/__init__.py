@@ -1,1 +1,1 @@
-"""Train X-UMX on precomputed shards, informed by a teacher; separate; score. Needs PyTorch."""
+"""Train separators on precomputed shards, informed by a teacher; separate; score."""

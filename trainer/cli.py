@@ -60,7 +60,7 @@ class _Commands(CommandGroup):
         line = super().explain(error)
         if type(error).__name__ == "OutOfMemoryError":  # torch's own; torch may not be loaded
             line = "out of GPU memory; use --set data.batch_size=... or a smaller model"
-        # Under torchrun every process reports its failure; name the others than the first.
+        # Under torchrun each process reports; prefix all but the first with their rank.
         rank = os.environ.get("RANK", "0")
         return line if line is None or rank == "0" else f"process {rank}: {line}"
 

@@ -1,4 +1,4 @@
-"""What can be wrong with what a user gives the trainer."""
+"""Expected failures of the trainer."""
 
 from flsep.cache.errors import FlsepError
 

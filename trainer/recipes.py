@@ -20,7 +20,7 @@ from flsep.trainer.settings import apply_settings, split_setting
 
 
 def xumx(approach: str = "none") -> TrainConfig:
-    """Return the public recipe of X-UMX for MUSDB18, which all defaults are.
+    """Return the public recipe of X-UMX for MUSDB18, which equals the defaults.
 
     Its mixing is the original one, so that all approaches can be compared. The public recipe mixes
     at random; use ``--mixing rendered`` with the mixes of ``flsep-precompute mixes`` for that, as a

@@ -88,4 +88,4 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"{name!r}; did you mean {' or '.join(near)}?"
-    return f"{name!r}; there are {', '.join(names) or 'none'}"
+    return f"{name!r}; {'choose from ' + ', '.join(names) if names else 'it has none'}"

@@ -60,7 +60,7 @@ class Size(click.ParamType):
         try:
             return int(float(text.rstrip("KMGT")) * factor)
         except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no size; write 500M or 1G", param, ctx)
+            self.fail(f"{value!r} is not a size; write, for example, 500M", param, ctx)
 
 
 class Names(click.ParamType):

@@ -248,7 +248,13 @@ def _write_track(folder: Path, signals: dict[str, NDArray[np.int16]]) -> None:
     import soundfile
 
     for name, signal in signals.items():
-        soundfile.write(folder / f"{name}.wav", signal, RATE_HZ, subtype="PCM_16")
+        path = folder / f"{name}.wav"
+        try:
+            soundfile.write(path, signal, RATE_HZ, subtype="PCM_16")
+        except soundfile.LibsndfileError as error:
+            raise CorpusError(
+                f"{path}: cannot be written ({error}); is the disk full, or not writable?"
+            ) from error
 
 
 def _describe(song: Song, split: str) -> dict[str, Any]:

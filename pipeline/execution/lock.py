@@ -1,4 +1,4 @@
-"""One run at a time writes into an output folder, and always with the same configuration."""
+"""Lock an output folder and bind it to one configuration."""
 
 import fcntl
 import json
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flsep.cache import MismatchError, remove_leftovers, write_json
+from flsep.cache import CacheError, MismatchError, remove_leftovers, write_json
 from flsep.cache.format import fingerprint
 
 CONFIG_NAME = "config.json"
@@ -21,6 +21,8 @@ def open_output(folder: Path, config: dict[str, Any], *, shared: bool) -> Iterat
     A run that has the folder to itself also removes what killed writers left behind. MismatchError
     means that another run is writing into the folder, or that it belongs to another configuration.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder}: is a file; choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, shared=shared):
         claim(folder, config)

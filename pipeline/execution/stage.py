@@ -106,7 +106,7 @@ class Stage(Generic[Task]):
     needs_all : bool
         Write no index if anything failed.
     stops_at : tuple of exception types
-        Failures that other tasks would meet too: they end the run at once, as `OSError` does.
+        Failures that would affect other tasks too: they end the run at once, as `OSError` does.
     """
 
     folder: Path
@@ -152,7 +152,7 @@ def run_stage(
                     (item, str(outcome.error)) for item in stage.items_of(outcome.task)
                 ]
             else:
-                # A bug, or a failure that every task would meet: a full disk, damaged input.
+                # A bug, or a failure that would affect every task: a full disk, damaged input.
                 raise outcome.error
             report(outcome.task, outcome.result)
         summary.failed.sort()

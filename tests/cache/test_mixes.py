@@ -214,7 +214,7 @@ def test_altered_indexes_are_refused(
 def test_no_mixes(tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match="no such folder; expected the output of flsep-pr"):
         Mixes(tmp_path / "none")
-    with pytest.raises(MissingDataError, match=r"mixes.json: no index; flsep-precompute mixes wri"):
+    with pytest.raises(MissingDataError, match=r"mixes.json: no index; if flsep-pre"):
         Mixes(tmp_path)
 
 

@@ -155,7 +155,7 @@ def test_an_output_that_cannot_be_written(runner: Runner) -> None:
     else:
         runner.shards.chmod(0o500)
     try:
-        assert "not writable; choose another folder" in one_line(
+        assert "no permission (Read-only file system); choose another place" in one_line(
             runner.run("--workers", "0", status=1)
         )
     finally:

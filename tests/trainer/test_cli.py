@@ -176,6 +176,7 @@ def test_settings_beat_options_beat_the_recipe(command: Run, tmp_path: Path) -> 
             "fit SHARDS --run TMP/run --approach distance --weight -1",
             "approach.weight is -1.0; expected > 0",
         ),
+        ("separate TMP/full TMP/file TMP/out --chunk nan", "chunks of nan s: expected at"),
         ("fit SHARDS --run TMP/file TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/file/run TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/full TINY", "is not empty: add --resume"),
@@ -202,6 +203,7 @@ def test_bad_input_is_one_line(command: Run, tmp_path: Path, line: str, message:
         "fit SHARDS --run TMP/run --approach other",
         "fit SHARDS --run TMP/run --resume --overwrite",
         "fit SHARDS --run TMP/run --device quantum",
+        "fit SHARDS --run TMP/run --save-every nan",
         "evaluate SHARDS",
         "evaluate SHARDS --floor SHARDS/index.json",
         "compare --floor TMP",
@@ -433,7 +435,7 @@ def test_separate_a_folder_with_a_bad_file(
         command("separate TMP/run TMP/songs TMP/only --targets voice"), "no source 'voice'"
     )
     assert_one_line(
-        command("separate TMP/run TMP/songs TMP/only --teacher x"), "trained with none needs none"
+        command("separate TMP/run TMP/songs TMP/only --teacher x"), "trained with none separates without"
     )
 
 

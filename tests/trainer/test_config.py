@@ -48,7 +48,7 @@ def test_settings_of_one_section_are_checked_together() -> None:
     [
         ("optim.learning_rat=1", "no field 'learning_rat'; did you mean learning_rate"),
         ("optimm.learning_rate=1", "no section 'optimm'; did you mean optim"),
-        ("fit.zzzz=1", "no field 'zzzz'; there are epochs, patience, seed"),
+        ("fit.zzzz=1", "no field 'zzzz'; choose from epochs, patience, seed"),
         ("fit.epochs", "expected section.field=value"),
         ("epochs=3", "expected section.field=value"),
         ("fit.epochs=3.5", "'3.5' is not a whole number"),
@@ -60,7 +60,7 @@ def test_settings_of_one_section_are_checked_together() -> None:
         ("data.min_gain=2", r"data.min_gain is 2.0; expected in \[0, max_gain\]"),
         ("separator.hidden_size=7", "separator.hidden_size is 7; expected an even"),
         ("separator.num_layers=1", "separator.dropout is 0.4; expected 0 with one layer"),
-        ("approach.weight=1", "'approach' of 'none' has no field 'weight'; there are none"),
+        ("approach.weight=1", "'approach' of 'none' has no field 'weight'; it has none"),
         ("approach.name=triplet", "unknown approach 'triplet'; expected one of none, concat"),
         ("separator.name=scnett", "unknown separator 'scnett'; expected one of xumx"),
     ],

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import toys
 from click.testing import CliRunner, Result
 
 from flsep.trainer import registry
@@ -78,7 +80,12 @@ def run(command: Callable[..., Result], shards: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     result = command(
         *("fit", shards, "--run", folder, "--approach", "loudness", "--weight", "0.25"),
-        *fit_options("separator.name=toy", "separator.sharpness=2", "loss.floor=1e-5"),
+        *fit_options(
+            "separator.name=toy",
+            "separator.sharpness=2",
+            "loss.floor=1e-5",
+            "approach.dimensions=0,2",
+        ),
     )
     assert "separator  toy masks; 0.00 M parameters" in result.output
     assert "approach   loudness of the mixture" in result.output
@@ -88,7 +95,11 @@ def run(command: Callable[..., Result], shards: Path, tmp_path: Path) -> Path:
 def test_toys_train_and_resume(command: Callable[..., Result], run: Path, shards: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["separator"] == {"name": "toy", "sharpness": 2.0}
-    assert config["approach"] == {"name": "loudness", "weight": 0.25}
+    assert config["approach"] == {
+        "name": "loudness",
+        "weight": 0.25,
+        "dimensions": [0, 2],
+    }
     assert config["loss"] == {"floor": 1e-5}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["valid"]["separation"] < lines[0]["valid"]["separation"]
@@ -130,17 +141,54 @@ def test_toys_score_and_compare(
     assert float(row.split()[2]) > 0  # better than -3 dB, the floor of three sources alike
 
 
+def test_a_bug_of_an_engine_is_shown_and_costs_no_other_run(
+    command: Callable[..., Result],
+    run: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    score = toys.PlainSDR.score
+
+    def fail_for_the_run(self: toys.PlainSDR, references: Any, estimates: Any, **how: Any) -> Any:
+        if estimates[0].any() and not (estimates[0] == estimates[1]).all():
+            return {}["gain"]
+        return score(self, references, estimates, **how)
+
+    monkeypatch.setattr(toys.PlainSDR, "score", fail_for_the_run)
+    floor = tmp_path / "floor"
+    failed = command(
+        *("evaluate", run, shards, "--floor", floor, "--engine", "plain", "--workers", "0"),
+        status=70,
+    )
+    assert "a bug in flsep, KeyError: 'gain'" in failed.stderr
+    assert "in fail_for_the_run" in failed.stderr
+    assert (floor / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("table", ["SEPARATORS", "APPROACHES", "ENGINES"])
+def test_what_is_registered_has_the_name_of_its_entry(table: str) -> None:
+    entries = getattr(registry, table)
+    for name in entries:
+        entry = registry.load(entries, name, "entry")
+        assert (entry.name if table == "ENGINES" else entry.Config().name) == name
+
+
 def test_only_their_own_fields_are_known(
     command: Callable[..., Result], shards: Path, tmp_path: Path
 ) -> None:
     options = ("fit", shards, "--run", tmp_path / "run", *fit_options("separator.name=toy"))
     refused = command(*options, "--set", "separator.hidden_size=8", status=1)
-    message = "section 'separator' of 'toy' has no field 'hidden_size'; there are sharpness"
+    message = "section 'separator' of 'toy' has no field 'hidden_size'; choose from sharpness"
     assert message in refused.stderr
     refused = command(*options, "--set", "loss.time_weight=1", status=1)
-    assert "section 'loss' has no field 'time_weight'; there are floor" in refused.stderr
+    assert "section 'loss' has no field 'time_weight'; choose from floor" in refused.stderr
     refused = command(*options, "--approach", "distance", "--teacher-signal", "stems", status=1)
     assert "compares the latent 'sources', and the separator toy has 'shared'" in refused.stderr
+    refused = command(
+        *(*options, "--approach", "loudness", "--set", "approach.dimensions=0,x"), status=1
+    )
+    assert "'approach.dimensions=0,x': 'x' is not a whole number" in refused.stderr
     refused = command(*options, "--set", "separator.sharpness=0", status=1)
     assert "separator.sharpness is 0.0; expected > 0" in refused.stderr
     assert not (tmp_path / "run").exists()

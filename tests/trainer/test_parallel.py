@@ -194,7 +194,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(
     output, errors = process.communicate(timeout=120)
     assert message in errors
     assert list_own_frames(errors) == [], errors
-    assert output.count("at most 100000 epochs on 2 x cpu") == 1  # the first one speaks for all
+    assert output.count("epochs: at most 100000, on 2 x cpu") == 1  # the first one speaks for all
     epoch = load_checkpoint(last).epoch
     process = together("--resume", "--set", f"fit.epochs={epoch + 2}")
     output, errors = process.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""Distance-based regularization: distances between latents shall match those of embeddings.
+"""Distance-based regularization: match distances between latents to those between embeddings.
 
 Shape suffixes: D latent, E embedding; M compared windows.
 """

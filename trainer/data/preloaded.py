@@ -32,7 +32,7 @@ def wanted_signals(
 
 
 class PreloadedShards:
-    """Spectra, embeddings and levels of some tracks in memory; stands for `Shards` in `Reader`.
+    """Spectra, embeddings and levels of some tracks in memory; replaces `Shards` in `Reader`.
 
     The spectra keep their stored dtype and lie on `device`. If training computes there, excerpts
     are gathered from there; from host memory to a GPU, excerpts go through a buffer, as from
@@ -41,7 +41,7 @@ class PreloadedShards:
     Parameters
     ----------
     report : callable, optional
-        Called with the number of bytes loaded so far, and of all.
+        Called with the bytes loaded so far and the total.
     reserve_bytes : int, optional
         Memory to leave free; `DEVICE_RESERVE_BYTES` or `HOST_RESERVE_BYTES` if not given.
     num_processes : int

@@ -58,6 +58,8 @@ def read_blocks(
             if not container.streams.audio:
                 raise AudioError(f"{path}: holds no audio")
             stream = container.streams.audio[0]
+            if not stream.channels:
+                raise AudioError(f"{path}: holds no audio")
             if stream.channels not in (1, num_channels):
                 raise AudioError(
                     f"{path}: has {stream.channels} channels, the separator takes {num_channels} "
@@ -148,6 +150,7 @@ class WavWriters:
         except (ImportError, OSError) as error:
             raise AudioError(f"writing audio needs soundfile ({error}): {_INSTALL}") from error
         self._error = soundfile.LibsndfileError
+        self._folder = folder
         try:
             with ExitStack() as stack:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,9 @@ class WavWriters:
             try:
                 file.write(estimate.T)
             except self._error as error:
-                raise AudioError(f"{file.name}: cannot be written ({error})") from error
+                raise AudioError(
+                    f"{self._folder}: cannot be written ({error}); is the disk full?"
+                ) from error
 
     def __enter__(self) -> Self:
         return self

@@ -32,7 +32,8 @@ def load_embedder(separator: TrackSeparator, teacher: str | None) -> Embed | Non
     if not separator.needs_teacher:
         if teacher is not None:
             raise InferenceError(
-                f"--teacher: a model trained with {separator.config.approach.name} needs none"
+                f"--teacher: a model trained with {separator.config.approach.name} separates "
+                "without it; leave it out"
             )
         return None
     try:

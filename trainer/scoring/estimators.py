@@ -1,4 +1,4 @@
-"""What makes the estimates that are scored: a trained model, the mixture, the ideal ratio mask.
+"""Estimate sources to be scored: by a trained model, the mixture or the ideal ratio mask.
 
 The mixture and the mask need no model; they are the floor and the ceiling of a comparison.
 """

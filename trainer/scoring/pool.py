@@ -1,4 +1,4 @@
-"""Score tracks, one process and one JSON file a track.
+"""Score tracks: each in its own process, into its own JSON file.
 
 The result of a track is what the engine returns with five more keys: ``track`` (the name as it is,
 since file names are made safe), ``sample_rate_hz``, ``num_samples``, ``fingerprint`` (of the

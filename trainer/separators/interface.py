@@ -107,7 +107,7 @@ class Separator(nn.Module):
 
     def describe(self) -> str:
         """Describe the network in a few words, without its size."""
-        raise NotImplementedError
+        return type(self).__name__
 
     def compile_layers(self) -> None:
         """Compile the layers that gain from `torch.compile`; by default none."""

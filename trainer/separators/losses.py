@@ -1,11 +1,11 @@
-"""Losses of X-UMX over all combinations of sources, in one pass over the data.
+"""Losses over all combinations of sources, in one pass over the data.
 
 Sawata et al., "All for one and one for all: improving music separation by bridging networks",
 ICASSP 2021: a magnitude and a time-domain term (multi-domain loss), each averaged over all
 combinations of 1 to S - 1 of the S sources (combination loss).
 
-Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, W windows, D latent,
-E embedding dimensions; K combinations, G signals of a Gram matrix.
+Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, W windows;
+K combinations, G signals of a Gram matrix.
 """
 
 from __future__ import annotations

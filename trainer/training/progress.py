@@ -1,4 +1,4 @@
-"""What a training reports: its set-up, a bar or a line an epoch, the log of its metrics."""
+"""Report a training: its set-up, a bar or a line for each epoch, the log of its metrics."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ def describe_training(training: Training) -> Iterator[str]:
         )
     ranks = training.rank.world_size
     yield (
-        f"training   at most {config.fit.epochs} epochs on "
+        f"training   epochs: at most {config.fit.epochs}, on "
         + (f"{ranks} x {training.device.type}" if ranks > 1 else str(training.device))
         + f", {config.compute.precision}, seed {config.fit.seed}"
     )

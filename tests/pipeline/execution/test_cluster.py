@@ -84,6 +84,7 @@ def test_other_batch_systems(kind: str, line: str) -> None:
         ("slurm", {"quue": "x"}, "--cluster-option quue: unknown .* did you mean queue"),
         ("slurm", {"n_workers": 2}, "unknown"),
         ("local", {"queue": "x"}, "unknown to --cluster local"),
+        ("slurm", {"memory": "much"}, "memory=much: not a size; write, for example, 4GiB"),
         ("slurm", {"memory": "2GiB"}, "memory gives a worker 2048 MiB, it needs about 3072 MiB"),
     ],
 )

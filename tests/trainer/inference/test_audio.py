@@ -73,7 +73,13 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     os.truncate(tmp_path / "cut.flac", (tmp_path / "cut.flac").stat().st_size // 2)
     soundfile.write(tmp_path / "nothing.wav", np.zeros((0, 2)), 8000)
     soundfile.write(tmp_path / "nan.wav", np.full((100, 2), np.nan), 8000, "FLOAT")
+    stereo, mono = tones(8000, 8000), tones(8000, 8000)[:1]
+    for name, waveform in ("stereo", stereo), ("mono", mono):
+        soundfile.write(tmp_path / f"{name}.flac", waveform.T, 8000)
+    both = (tmp_path / "stereo.flac").read_bytes() + (tmp_path / "mono.flac").read_bytes()
+    (tmp_path / "both.flac").write_bytes(both)
     for name, message in {
+        "both.flac": "changes from .*'stereo'.* to .*'mono'.* in the middle",
         "text.wav": "cannot be decoded",
         "empty.wav": "cannot be decoded",
         "gone.wav": "cannot be decoded .No such file",

@@ -120,5 +120,5 @@ def test_a_model_without_a_teacher_takes_none(separator: Any) -> None:
     separator.needs_teacher = False
     separator.config.approach.name = "distance"
     assert load_embedder(separator, None) is None
-    with pytest.raises(InferenceError, match="--teacher: a model trained with distance needs none"):
+    with pytest.raises(InferenceError, match="a model trained with distance separates without it"):
         load_embedder(separator, "x")

@@ -162,7 +162,7 @@ def test_a_track_that_fails_is_named(
     monkeypatch.setattr(LoadTrack, "__call__", fail)
     done, failed = run_evaluate(MixtureEstimator(), shards, tmp_path)
     assert len(done) == 1
-    assert [tuple(failure) for failure in failed] == [("five", "no such audio")]
+    assert [failure[:2] for failure in failed] == [("five", "no such audio")]
     assert json.loads((tmp_path / "evaluation.json").read_text())["failed"] == [
         ["five", "no such audio"]
     ]
@@ -321,6 +321,19 @@ def test_runs_of_any_configuration_are_compared(evaluated: Callable[..., Evaluat
     other = evaluated("c", config=config(1, depth=3))
     with pytest.raises(EvaluationError, match=r"differ in approach.depth \(None, 3\): name one"):
         compare_evaluations([first, other], floor=floor, oracle=None)
+
+
+def test_an_evaluation_of_an_earlier_flsep_is_in_the_row_of_a_new_one(
+    evaluated: Callable[..., Evaluated], tiny: Callable[..., TrainConfig]
+) -> None:
+    """Configurations did not name the separator, and gave each approach the fields of all."""
+    floor = evaluated("floor", kind="floor")
+    old = tiny("approach.name=distance").to_json()
+    del old["separator"]["name"]
+    old["approach"] |= {"temperature": 0.1, "projection_size": 128}
+    new = evaluated("new", "approach.name=distance", "fit.seed=1")
+    comparison = compare_evaluations([evaluated("old", config=old), new], floor=floor, oracle=None)
+    assert comparison.entries[1].seeds == (0, 1)
 
 
 def test_comparing_needs_no_torch() -> None:

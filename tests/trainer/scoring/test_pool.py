@@ -156,11 +156,11 @@ class TestScoreTracks:
             "threads",
             "wordy",
         ]
-        reasons = dict(failed)
+        reasons = {failure.track: failure.reason for failure in failed}
         assert reasons["gone"].startswith("FileNotFoundError: [Errno 2] No such file")
         assert reasons["killed"].startswith("its process was killed by SIGKILL; if memory")
         assert reasons["left"] == "its process ended with status 3 before it reported"
-        assert reasons["threads"] == "a bug, RuntimeError at <string>:4: 1 {1}"
+        assert reasons["threads"] == "a bug in flsep, RuntimeError: 1 {1}"
         assert len(reasons["wordy"]) == 2000
         assert capfd.readouterr() == ("", "")
         assert {**os.environ, "PATH": ""} == {**environment, "PATH": ""}
@@ -180,11 +180,13 @@ class TestScoreTracks:
         jobs = [job(tmp_path, name, load=run_code(code)) for name, code in codes.items()]
         done, failed = score_tracks(jobs, tmp_path, engine="museval", num_workers=0)
         assert done == []
-        assert dict(failed) == {
+        assert {failure.track: failure.reason for failure in failed} == {
             "bad input": "the shard is damaged Precompute it again.",
             "disk": "OSError: [Errno 28] No space left on device",
-            "bug": "a bug, ValueError at <string>:1: zip() argument 2 is shorter than argument 1",
+            "bug": "a bug in flsep, ValueError: zip() argument 2 is shorter than argument 1",
         }
+        (bug,) = [failure.traceback for failure in failed if failure.traceback]
+        assert 'File "<string>", line 1' in bug
 
     def test_keeps_only_results_of_the_same_estimates(self, audio, tmp_path):
         jobs = [job(audio, name) for name in "abc"]

@@ -252,7 +252,7 @@ def test_a_description_in_a_few_lines(
         "drums, bass, vocals; 0.0",
         "contrastive with the mixture's embeddings, weight 0.5",
         "windows of 0.3 s, 2 whole ones in an excerpt",
-        "at most 2 epochs on cpu, float32, seed 0",
+        "epochs: at most 2, on cpu, float32, seed 0",
     ):
         assert part in text
     assert describe_position(training) == "epoch 1, 0 of 5 batches"
