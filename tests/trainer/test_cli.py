@@ -435,7 +435,7 @@ def test_separate_a_folder_with_a_bad_file(
         command("separate TMP/run TMP/songs TMP/only --targets voice"), "no source 'voice'"
     )
     assert_one_line(
-        command("separate TMP/run TMP/songs TMP/only --teacher x"), "trained with none separates without"
+        command("separate TMP/run TMP/songs TMP/only --teacher x"), "separates without it"
     )
 
 
