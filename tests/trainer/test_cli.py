@@ -176,7 +176,6 @@ def test_settings_beat_options_beat_the_recipe(command: Run, tmp_path: Path) -> 
             "fit SHARDS --run TMP/run --approach distance --weight -1",
             "approach.weight is -1.0; expected > 0",
         ),
-        ("separate TMP/full TMP/file TMP/out --chunk nan", "chunks of nan s: expected at"),
         ("fit SHARDS --run TMP/file TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/file/run TINY", "cannot write the run folder"),
         ("fit SHARDS --run TMP/full TINY", "is not empty: add --resume"),

@@ -206,6 +206,8 @@ def test_chunks_too_short_and_checkpoints_missing(
 ) -> None:
     with pytest.raises(InferenceError, match="chunks of 5 s: expected at least 8 s"):
         TrackSeparator(save(), device=CPU, chunk_seconds=5)
+    with pytest.raises(InferenceError, match="chunks of nan s: expected at least 8 s"):
+        TrackSeparator(save(), device=CPU, chunk_seconds=float("nan"))
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         TrackSeparator(tmp_path / "best.safetensors", device=CPU)
 
