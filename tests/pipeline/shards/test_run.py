@@ -268,7 +268,7 @@ def test_folders_of_others_are_refused(
     (tmp_path / "other" / "x.h5").write_bytes(b"")
     assert "holds *.h5 files but no config.json" in run(corpus, tmp_path / "other").output
     (tmp_path / "file").write_text("")
-    assert "File exists" in run(corpus, tmp_path / "file").output
+    assert "is a file; choose a folder" in run(corpus, tmp_path / "file").output
 
 
 def command(corpus: Path, shards: Path, teacher: Path, *options: str) -> list[str]:
