@@ -104,7 +104,12 @@ def test_one_job_grows_its_own_workers(jobs: Runner, undisturbed: dict[str, byte
 
 
 def test_jobs_that_end_at_once_end_the_run(jobs: Runner) -> None:
-    hurried = "from flsep.pipeline import cli, execute; execute._PATIENCE_SECONDS = 2; cli.main()"
+    hurried = (
+        "from flsep.pipeline import cli\n"
+        "from flsep.pipeline.execution import runners\n"
+        "runners._PATIENCE_SECONDS = 2\n"
+        "cli.main()"
+    )
     prologue = ("--cluster-option", 'job_script_prologue=["exit 3"]')
     logs = ("--cluster-option", f"log_directory={jobs.folder / 'logs'}")
     command = jobs.command(*ON_LOOPBACK, "--workers", "2", *prologue, *logs)
