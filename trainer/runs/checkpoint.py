@@ -31,9 +31,16 @@ from flsep.trainer.teacher import Standard
 FORMAT_NAME = "flsep-checkpoint"
 FORMAT_VERSION = 3
 _HEADER = "flsep"
-_FIELDS = (
-    *("config", "layout", "standard", "fingerprint", "epoch", "metrics", "packages", "training"),
-)
+_FIELDS = [
+    "config",
+    "layout",
+    "standard",
+    "fingerprint",
+    "epoch",
+    "metrics",
+    "packages",
+    "training",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from flsep.pipeline.demo.corpus import (
     render_song,
     split_names,
 )
+from flsep.pipeline.errors import CorpusError
 
 SECONDS = 4.0
 
@@ -229,6 +230,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/corpus: cannot be created \(.*\); choose another"):
         render_corpus(tmp_path / "file" / "corpus", num_tracks=3, seconds=SECONDS)
+
+
+def test_a_disk_that_gets_full_is_named(tmp_path, monkeypatch):
+    def fail_like_libsndfile(path, *args, **options):
+        raise soundfile.LibsndfileError(2)  # its "System error."
+
+    monkeypatch.setattr(soundfile, "write", fail_like_libsndfile)
+    with pytest.raises(CorpusError, match=r"mixture.wav: cannot be written .*is the disk full"):
+        render_corpus(tmp_path / "corpus", num_tracks=3, seconds=SECONDS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])

@@ -12,41 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scored_track import RATE_HZ, make_track, score, table
 
 from flsep.cache.files import write_text
 from flsep.trainer.errors import ConfigError, ScoringError
 from flsep.trainer.registry import ENGINES
 from flsep.trainer.scoring.engine import FailedTrack, TrackJob
-from flsep.trainer.scoring.museval_engine import Museval
 from flsep.trainer.scoring.pool import safe_name, score_tracks
-
-RATE_HZ = 8000
-METRICS = ("SDR", "SIR", "ISR", "SAR")
-
-
-def make_track(num_samples: int = 2 * RATE_HZ, num_channels: int = 1) -> np.ndarray:
-    """Return references and estimates, float32 [2, source, sample, channel]."""
-    rng = np.random.default_rng(0)
-    references, noise = 0.1 * rng.standard_normal((2, 2, num_samples, num_channels))
-    estimates = references + 0.3 * references[::-1] + 0.1 * noise
-    references = np.round(references * 2**15) / 2**15  # 16-bit audio: scored as it is
-    return np.stack([references, estimates]).astype(np.float32)
-
-
-def score(track: np.ndarray, sources=("vocals", "bass")) -> dict:
-    engine = Museval()
-    engine.prepare()
-    return engine.score(*track, sources=sources, sample_rate_hz=RATE_HZ, name="a track")
-
-
-def table(scores: dict) -> np.ndarray:
-    """Return float64 [source, metric, frame]."""
-    return np.array(
-        [
-            [[frame["metrics"][metric] for frame in target["frames"]] for metric in METRICS]
-            for target in scores["targets"]
-        ]
-    )
 
 
 class TestSafeName:
