@@ -1,6 +1,5 @@
 """HDF5 shards of precomputed features: the contract between pipeline and trainer."""
 
-from flsep.cache.draws import Draw, Grid, RandomMixes
 from flsep.cache.errors import (
     CacheError,
     DamagedDataError,
@@ -10,15 +9,16 @@ from flsep.cache.errors import (
 )
 from flsep.cache.files import remove_leftovers, write_json
 from flsep.cache.format import SPLITS, Layout
-from flsep.cache.index import Index, Statistics, TrackRecord, read_index
-from flsep.cache.indexing import build_index, write_index
-from flsep.cache.mixes_file import MixesConfig, MixesFile, write_mixes
-from flsep.cache.mixes_folder import Mixes, RenderedMixes, write_mixes_index
-from flsep.cache.reader import Shards
-from flsep.cache.shard_file import ShardFile
-from flsep.cache.track_writer import TrackPlan
+from flsep.cache.mixes.draws import Draw, Grid, RandomMixes
+from flsep.cache.mixes.file import MixesConfig, MixesFile, write_mixes
+from flsep.cache.mixes.folder import Mixes, RenderedMixes, write_mixes_index
+from flsep.cache.shards.file import ShardFile
+from flsep.cache.shards.index import Index, Statistics, TrackRecord, read_index
+from flsep.cache.shards.indexing import build_index, write_index
+from flsep.cache.shards.reader import Shards
+from flsep.cache.shards.track_writer import TrackPlan
+from flsep.cache.shards.writer import ShardWriter
 from flsep.cache.verify import verify_mixes, verify_shard, verify_shards
-from flsep.cache.writer import ShardWriter
 
 __all__ = [
     "SPLITS",

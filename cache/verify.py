@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flsep.cache.errors import CacheError, DamagedDataError, MismatchError
-from flsep.cache.index import read_index
-from flsep.cache.mixes_folder import Mixes
-from flsep.cache.shard_file import ShardFile
+from flsep.cache.mixes.folder import Mixes
+from flsep.cache.shards.file import ShardFile
+from flsep.cache.shards.index import read_index
 
 # HDF5 can crash on a manipulated file, so a child process opens each file first. It answers with a
 # line for each path, whatever the file holds: only a crash leaves a path without an answer.

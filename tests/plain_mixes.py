@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flsep.cache import Grid, MixesConfig, RandomMixes, Shards, write_mixes, write_mixes_index
-from flsep.cache.mixes_file import digest_tracks
+from flsep.cache.mixes.file import digest_tracks
 
 
 def make_mixes(

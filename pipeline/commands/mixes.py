@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flsep.cache import SPLITS, MixesConfig, Shards
-from flsep.cache.mixes_file import EMBEDDING_DTYPES
+from flsep.cache.mixes.file import EMBEDDING_DTYPES
 from flsep.pipeline.commands.parameter_types import FOLDER, Pair
 from flsep.pipeline.commands.reporting import (
     describe_part,

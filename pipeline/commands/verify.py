@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from flsep.cache import Index, Mixes, ShardFile, read_index, verify_mixes, verify_shards
-from flsep.cache.mixes_folder import holds_mixes
+from flsep.cache.mixes.folder import holds_mixes
 from flsep.pipeline.commands.mixes import describe_mixes
 from flsep.pipeline.commands.parameter_types import FOLDER
 from flsep.pipeline.commands.reporting import show_bytes, show_hours

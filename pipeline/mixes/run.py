@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from flsep.cache import CacheError, Grid, MixesConfig, Shards, write_mixes_index
-from flsep.cache.mixes_file import digest_tracks
+from flsep.cache.mixes.file import digest_tracks
 from flsep.pipeline.errors import SettingsError, TeacherError
 from flsep.pipeline.execution.stage import Stage
 from flsep.pipeline.mixes.renderer import count_teacher_samples

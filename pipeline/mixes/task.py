@@ -21,7 +21,7 @@ from flsep.cache import (
     TrackRecord,
     write_mixes,
 )
-from flsep.cache.mixes_file import digest_tracks
+from flsep.cache.mixes.file import digest_tracks
 from flsep.pipeline.execution.stage import TaskReport
 from flsep.pipeline.features import activity_db
 from flsep.pipeline.mixes.renderer import Renderer

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from flsep.cache.track_writer import TrackWriter
+from flsep.cache.shards.track_writer import TrackWriter
 from flsep.pipeline.corpus.media import AudioStream, decode
 from flsep.pipeline.features import MagnitudeMoments, Pieces, Stft, pack
 from flsep.pipeline.shards.plan import PlannedTrack

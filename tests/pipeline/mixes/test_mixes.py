@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from flsep.cache import Grid, Mixes, MixesFile, Shards
-from flsep.cache import mixes_file as mixes
+from flsep.cache.mixes import file as mixes
 from flsep.pipeline.cli import cli
 from flsep.pipeline.execution.stage import TaskReport
 from flsep.pipeline.teachers.loading import load_teacher

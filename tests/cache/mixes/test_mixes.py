@@ -27,11 +27,11 @@ from flsep.cache import (
     write_index,
     write_mixes,
 )
-from flsep.cache import mixes_file as mixes
-from flsep.cache import mixes_folder as rendered
 from flsep.cache.errors import FieldError, NonFiniteDataError
+from flsep.cache.mixes import file as mixes
+from flsep.cache.mixes import folder as rendered
 from flsep.cache.sealed import write_sealed
-from flsep.cache.shard_file import ShardFile
+from flsep.cache.shards.file import ShardFile
 
 NUM_EXAMPLES = int(os.environ.get("FLSEP_FUZZ", 300))
 

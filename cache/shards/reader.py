@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from flsep.cache.errors import DamagedDataError, MismatchError, MissingDataError
 from flsep.cache.format import Layout
-from flsep.cache.index import Index, TrackRecord, read_index
-from flsep.cache.shard_file import ShardFile
+from flsep.cache.shards.file import ShardFile
+from flsep.cache.shards.index import Index, TrackRecord, read_index
 
 _MAX_MAPPED_SHARDS = 256  # each map holds a file descriptor; the usual limit is 1024
 _all_shards: "weakref.WeakSet[Shards]" = weakref.WeakSet()

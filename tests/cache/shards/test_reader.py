@@ -337,7 +337,7 @@ def test_more_shards_than_are_kept_mapped(
     track_arrays: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flsep.cache.reader._MAX_MAPPED_SHARDS", 2)
+    monkeypatch.setattr("flsep.cache.shards.reader._MAX_MAPPED_SHARDS", 2)
     content = {str(seed): track_arrays(seed, 320, 2) for seed in range(5)}
     paths = [
         write_shard(tmp_path / f"{name}.h5", {name: ("train", arrays)})
@@ -409,7 +409,7 @@ def test_a_forked_child_does_not_inherit_a_held_lock(shards: tuple[Path, Content
 def test_many_threads_read_the_same(
     shards: tuple[Path, Content], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flsep.cache.reader._MAX_MAPPED_SHARDS", 1)
+    monkeypatch.setattr("flsep.cache.shards.reader._MAX_MAPPED_SHARDS", 1)
     expected = digest_all(Shards(shards[0]))
     reader = Shards(shards[0])
     with ThreadPoolExecutor(8) as pool:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from flsep.cache.errors import MismatchError, MissingDataError
 from flsep.cache.format import FORMAT_VERSION, INDEX_NAME, SILENCE_DB
-from flsep.cache.index import INDEX_FORMAT, Index, Statistics, TrackRecord
 from flsep.cache.sealed import write_sealed
-from flsep.cache.shard_file import ShardFile
+from flsep.cache.shards.file import ShardFile
+from flsep.cache.shards.index import INDEX_FORMAT, Index, Statistics, TrackRecord
 
 
 def build_index(shards: Iterable[ShardFile]) -> Index:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, remove_leftovers, track_writer
+from flsep.cache import Layout, ShardFile, ShardWriter, TrackPlan, remove_leftovers
 from flsep.cache.files import write_json
-from flsep.cache.track_writer import TrackWriter
+from flsep.cache.shards import track_writer
+from flsep.cache.shards.track_writer import TrackWriter
 
 PLAN = TrackPlan(name="x", split="train", num_samples=100, num_windows=5, with_audio=False)
 

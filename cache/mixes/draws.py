@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from flsep.cache.errors import FieldError, MissingDataError
 from flsep.cache.format import Layout
-from flsep.cache.index import TrackRecord
-from flsep.cache.reader import Shards
+from flsep.cache.shards.index import TrackRecord
+from flsep.cache.shards.reader import Shards
 
 _MAX_EXCERPT_SECONDS = 86400
 

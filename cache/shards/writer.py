@@ -21,8 +21,8 @@ from flsep.cache.format import (
     fingerprint,
     group_name,
 )
-from flsep.cache.shard_file import ShardFile
-from flsep.cache.track_writer import TrackPlan, TrackWriter
+from flsep.cache.shards.file import ShardFile
+from flsep.cache.shards.track_writer import TrackPlan, TrackWriter
 
 _ALIGNMENT_BYTES = 4096  # a page: memory maps of datasets are aligned
 _SPARE_BYTES = 1 << 20  # for groups and attributes

@@ -32,7 +32,7 @@ from flsep.cache.format import (
     require_version,
 )
 from flsep.cache.hdf5 import is_hard_link, open_hdf5
-from flsep.cache.index import TrackRecord
+from flsep.cache.shards.index import TrackRecord
 
 FORMAT_NAME = "flsep-mixes"
 FORMAT_VERSION = 1

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from flsep.cache.draws import Draw, Grid, MixEmbedding
 from flsep.cache.errors import DamagedDataError, FieldError, MismatchError, MissingDataError
-from flsep.cache.index import TrackRecord
-from flsep.cache.mixes_file import (
+from flsep.cache.mixes.draws import Draw, Grid, MixEmbedding
+from flsep.cache.mixes.file import (
     COMMAND,
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -21,8 +20,9 @@ from flsep.cache.mixes_file import (
     MixesFile,
     digest_tracks,
 )
-from flsep.cache.reader import Shards
 from flsep.cache.sealed import read_sealed, write_sealed
+from flsep.cache.shards.index import TrackRecord
+from flsep.cache.shards.reader import Shards
 
 INDEX_NAME = "mixes.json"
 

@@ -1,0 +1,1 @@
+"""Random mixes: what is drawn, the files, the folder."""

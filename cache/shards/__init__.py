@@ -1,0 +1,1 @@
+"""Shards: their files, the writer, the reader, the index of a folder."""
