@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ class TeacherInfo:
     hop_samples: int
 
 
-class Teacher:
+class Teacher(ABC):
     """Base class of loaded teachers; `flsep.pipeline.teachers.loading` makes them.
 
     One call of the model takes at most `batch_windows` windows. TeacherError is raised if an
@@ -36,6 +37,7 @@ class Teacher:
     info: TeacherInfo
     batch_windows: int
 
+    @abstractmethod
     def __call__(self, waveform: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed a waveform.
 
@@ -49,7 +51,6 @@ class Teacher:
         float32 [window, dim]
             One embedding for each window that lies inside the waveform.
         """
-        raise NotImplementedError
 
     def embed_each(self, waveforms: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed short waveforms of one length, in larger batches if the model can.

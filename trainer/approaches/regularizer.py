@@ -5,6 +5,7 @@ Shape suffixes: S sources, B batch, N frames, W windows, D latent, E embedding; 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class RegularizerConfig(ApproachConfig):
         self.require("weight", self.weight > 0, "> 0; for no regularizer use --approach none")
 
 
-class Regularizer(Approach):
+class Regularizer(Approach, ABC):
     """Compare latents with embeddings, over the audible windows that lie inside their excerpts."""
 
     Config = RegularizerConfig
@@ -68,9 +69,9 @@ class Regularizer(Approach):
         latent = "sources" if config.teacher_signal == "stems" else "shared"
         return Needs(teacher_signal=config.teacher_signal, latent=latent)
 
+    @abstractmethod
     def compare(self, latents_MD: Tensor, embeddings_ME: Tensor) -> dict[str, Tensor]:
         """Return the loss as ``regularizer``, and diagnostics, of windows row by row."""
-        raise NotImplementedError
 
     def regularizer(
         self, latents: Mapping[str, Tensor], windows: TeacherWindows | None

@@ -5,6 +5,7 @@ Shape suffixes: S sources, B batch, C channels, T samples, N frames, F bins, D l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -33,9 +34,10 @@ class Separation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeparationLoss(LossConfig):
+class SeparationLoss(LossConfig, ABC):
     """Base class of separation losses: a section of the configuration that can be called."""
 
+    @abstractmethod
     def __call__(
         self,
         separation: Separation,
@@ -61,10 +63,9 @@ class SeparationLoss(LossConfig):
         dict of str to Tensor
             float32 scalars: each term of the loss, and the ``total`` that is minimised.
         """
-        raise NotImplementedError
 
 
-class Separator(nn.Module):
+class Separator(nn.Module, ABC):
     """Base class of separators; only a subclass knows what its network is made of.
 
     Parameters
@@ -94,16 +95,16 @@ class Separator(nn.Module):
         super().__init__()
 
     @classmethod
+    @abstractmethod
     def latent_sizes(cls, config: SeparatorConfig) -> dict[str, int]:
         """Return the number of features of each latent by its name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, mixture_NBCF: Tensor, condition_NBE: Tensor | None = None) -> Separation:
         """Separate a mixture, complex64 [frame, batch, channel, bin].
 
         The condition is float [frame, batch, condition_size]; None if the condition size is 0.
         """
-        raise NotImplementedError
 
     def describe(self) -> str:
         """Describe the network in a few words, without its size."""
